@@ -1,0 +1,366 @@
+"""General computation: options, devices, seeds, run folders, figures. Knows nothing of models."""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+import time
+from contextlib import AbstractContextManager
+from dataclasses import field, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+
+class BadInput(ValueError):
+    """What the user gave cannot work. Each of `lines` names what was given, what is allowed and
+    what to do."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class RunFailed(RuntimeError):
+    """The run was right to start and cannot go on: loss not finite, disk full. One line says what
+    is kept."""
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A field of a settings class, which is also a flag of the command line.
+
+    limits: `choices`, a tuple; `low`, the least value allowed; `above` and `below`, bounds
+    themselves not allowed; `unset`, what holds when the default is None; `negatable`, a switch that
+    also has its --no- form.
+    """
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def flag(name: str) -> str:
+    """The flag of a field: d_model -> --d-model."""
+    return "--" + name.replace("_", "-")
+
+
+def allowed(metadata: dict[str, Any]) -> str:
+    """The limits of an option in words, "" if it has none."""
+    words = {"low": "at least {}", "above": "above {}", "below": "below {}"}
+    if "choices" in metadata:
+        return "one of " + ", ".join(metadata["choices"])
+    return " and ".join(words[key].format(metadata[key]) for key in words if key in metadata)
+
+
+def out_of_range(config: Any) -> list[str]:
+    """A line for each field of a settings object that lies outside its limits."""
+    lines = []
+    for f in fields(config):
+        value, limits = getattr(config, f.name), f.metadata
+        if value is None:
+            continue
+        if (
+            ("choices" in limits and value not in limits["choices"])
+            or ("low" in limits and not value >= limits["low"])
+            or ("above" in limits and not value > limits["above"])
+            or ("below" in limits and not value < limits["below"])
+        ):
+            lines.append(f"{flag(f.name)} {value}: give {allowed(limits)}")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------ devices
+
+
+def available_devices() -> list[str]:
+    """Kinds of device that this machine has, the fastest first."""
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    return [kind for kind, there in found.items() if there]
+
+
+def pick_device(kind: str, precision: str = "fp32") -> torch.device:
+    """The device of that kind; "auto" is the fastest there is. Raises BadInput if it is not there
+    or cannot compute in that precision."""
+    there = available_devices()
+    if kind != "auto" and kind not in there:
+        has = ", ".join(there)
+        raise BadInput(f"--device {kind}: not on this machine, which has {has}; give that, or auto")
+    device = torch.device(there[0] if kind == "auto" else kind)
+    if precision == "fp16" and device.type != "cuda":
+        # float16 overflows without a loss scaler, which is CUDA's; bfloat16 needs none.
+        raise BadInput(
+            f"--precision fp16: works on cuda alone, not {device.type}; give bf16 or fp32"
+        )
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise BadInput("--precision bf16: this GPU has no bfloat16; give fp16 or fp32")
+    return device
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Matrix products in 16 bits inside this context; with fp32 it does nothing."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss so that float16 gradients do not vanish; with any other precision it does
+    nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device to finish what it was given, so that a clock read afterwards tells the
+    truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of the processor or GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """What a figure of speed needs to be understood, and nothing that names a person or a host."""
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def set_seed(seed: int) -> None:
+    """Seeds every generator that initialisation, dropout and libraries draw from. Batch plans have
+    their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits that stand for the parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------- run folders
+
+
+class RunFolder:
+    """The folder that alone is enough to test, predict, or compare with: see the README's table of
+    its files."""
+
+    CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
+    WEIGHTS, CURVES, CONFUSION = "best.safetensors", "curves.png", "confusion.png"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def plan(cls, run_dir: str | None, dataset: str, overwrite: bool) -> "RunFolder":
+        """Chooses the folder of a new run, and writes nothing. Raises BadInput if it is taken."""
+        if run_dir is None:
+            name = re.sub(r"[^\w.-]+", "_", Path(dataset).name) or "data"
+            path = Path("runs", name, datetime.now().strftime("%Y%m%d-%H%M%S"))
+            return cls(path.with_name(f"{path.name}-{os.getpid()}") if path.exists() else path)
+        path = Path(run_dir).expanduser()
+        if path.exists() and not path.is_dir():
+            raise BadInput(f"--run-dir {run_dir}: a file; give a folder")
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / cls.CONFIG).exists():
+                raise BadInput(
+                    f"--run-dir {run_dir}: the folder holds no run, but other files; give another"
+                )
+            if not overwrite:
+                raise BadInput(
+                    f"--run-dir {run_dir}: holds a run; give another folder, or --overwrite"
+                )
+        return cls(path)
+
+    @classmethod
+    def find(cls, run_dir: str | None) -> "RunFolder":
+        """The folder of a run that is there. Raises BadInput."""
+        if run_dir is None:
+            runs = sorted(Path("runs").glob(f"*/*/{cls.CONFIG}"), key=lambda p: p.stat().st_mtime)
+            hint = f", for example {runs[-1].parent}" if runs else ""
+            raise BadInput(f"--run-dir: say which run's model to use{hint}")
+        folder = cls(Path(run_dir).expanduser())
+        for name in (cls.CONFIG, cls.TOKENIZER, cls.WEIGHTS):
+            if not (folder.path / name).is_file():
+                raise BadInput(
+                    f"--run-dir {run_dir}: no finished run, {name} is missing; give another"
+                )
+        return folder
+
+    def create(self) -> None:
+        """Makes the folder; of a run that was there before, no file of ours stays."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        names = (
+            self.CONFIG,
+            self.TOKENIZER,
+            self.METRICS,
+            self.WEIGHTS,
+            self.CURVES,
+            self.CONFUSION,
+        )
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """config.json."""
+        self._replace(self.CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    def write_tokenizer(self, text: str) -> None:
+        """tokenizer.json."""
+        self._replace(self.TOKENIZER, text)
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json. Raises BadInput if it is none."""
+        try:
+            config = json.loads((self.path / self.CONFIG).read_text(encoding="utf-8"))
+            if not isinstance(config["options"], dict) or not isinstance(config["classes"], list):
+                raise TypeError("options or classes have another type")
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{self.path / self.CONFIG}: not written by rhea ({error})") from None
+        return config
+
+    def log(self, **event: Any) -> None:
+        """One line more in metrics.jsonl, flushed at once."""
+        with open(self.path / self.METRICS, "a", encoding="utf-8") as out:
+            out.write(json.dumps(event) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        lines = (self.path / self.METRICS).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def save_weights(self, model: nn.Module) -> None:
+        """best.safetensors: whole, or as it was before."""
+        temporary = self.path / (self.WEIGHTS + ".tmp")
+        save_model(model, str(temporary))
+        shutil.copymode(self.path / self.CONFIG, temporary)  # the library lets none but us read it
+        os.replace(temporary, self.path / self.WEIGHTS)
+
+    def load_weights(self, model: nn.Module, device: torch.device) -> None:
+        """Fills a model from best.safetensors. Raises BadInput if the weights are another
+        model's."""
+        path = self.path / self.WEIGHTS
+        try:
+            load_model(model, path, device=str(device))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"{path}: not the weights of this run ({reason})") from None
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / (name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+
+class Progress:
+    """Training progress on stderr: a bar where it is a terminal, else a line at times."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, n_steps: int, title: str) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=n_steps, desc=title, unit="step", leave=False, disable=None)
+        self.title, self.n_steps, self.n_done = title, n_steps, 0
+        self.said = time.perf_counter()
+
+    def update(self, n: int, facts: str) -> None:
+        """n steps more are done; facts are shown behind the bar."""
+        self.n_done += n
+        self.bar.set_postfix_str(facts, refresh=False)
+        self.bar.update(n)
+        if self.bar.disable and time.perf_counter() - self.said > self.SECONDS_BETWEEN_LINES:
+            print(f"{self.title}: step {self.n_done}/{self.n_steps}, {facts}", file=sys.stderr)
+            self.said = time.perf_counter()
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind, and by brightness in print
+
+
+def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Training and validation loss by epoch, and beside it each validation score."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [m for m in metrics if m["event"] == "epoch"]
+    if not epochs:
+        return
+    x = [m["epoch"] for m in epochs]
+    marker = "o" if len(x) <= 30 else ""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, names, label in (
+        (left, ("train_loss", "validation_loss"), "loss (nats per target)"),
+        (right, ("train_accuracy", "validation_accuracy"), "accuracy (%)"),
+    ):
+        scale = 100 if axes is right else 1
+        for name, color, style in zip(names, (BLUE, ORANGE), ("--", "-")):
+            y = [scale * m[name] for m in epochs]
+            axes.plot(x, y, style, color=color, marker=marker, label=name.split("_")[0])
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    best = max(epochs, key=lambda m: m["validation_accuracy"])
+    right.axvline(best["epoch"], color="grey", linewidth=1, zorder=0)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def draw_confusion(counts: np.ndarray, names: list[str], path: Path, title: str) -> None:
+    """counts[true, predicted] as a picture; each row's colour is the share of its class."""
+    from matplotlib.figure import Figure
+
+    n = len(names)
+    short = [name if len(name) <= 20 else name[:19] + "…" for name in names]
+    size = max(4.5, 0.45 * n + 2)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(n), short, rotation=90 if n > 4 else 0)
+    axes.set_yticks(range(n), short)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    for i, j in np.ndindex(n, n):
+        if n <= 12 or counts[i, j]:
+            color = "white" if shares[i, j] > 0.5 else "black"
+            text = f"{counts[i, j]:,}" + (f"\n{shares[i, j]:.0%}" if n <= 8 else "")
+            axes.text(
+                j, i, text, ha="center", va="center", color=color, fontsize=10 if n <= 8 else 7
+            )
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    figure.savefig(path, dpi=150)

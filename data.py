@@ -1,0 +1,662 @@
+"""Data sets, tokenizers, batches: text becomes ids, ids a plan of batches, a plan tensors."""
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+import socket
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from comp_utils import BadInput, digest, flag, option
+
+if TYPE_CHECKING:  # costs a second to import, so it is imported where it is used
+    from datasets import Dataset
+
+ASSETS = Path(__file__).parent / "assets"
+SPLITS = ("train", "validation", "test")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which sentences, and how they are put into batches."""
+
+    dataset: str = option("rotten_tomatoes", "embedded name, file, folder, or id on the Hub")
+    dataset_config: str | None = option(
+        None, "configuration of a Hub data set", unset="its only one"
+    )
+    task: str = option("classification", "what to learn", choices=("classification",))
+    source_column: str = option("text", "column of the sentences; a.b is field b inside a")
+    target_column: str = option("label", "column of the labels")
+    max_length: int = option(256, "most tokens of a sentence, its end token included", low=2)
+    batch_size: int | None = option(
+        None, "sentences per process and micro-batch", low=1, unset="see --batch-tokens"
+    )
+    batch_tokens: int | None = option(
+        None, "tokens per process and micro-batch, with padding", low=1, unset="see --batch-size"
+    )
+    pad_to: int = option(0, "tokens every batch is padded to; 0: its longest sentence", low=0)
+    num_workers: int = option(0, "processes that put batches together beside the run", low=0)
+
+    def problems(self) -> list[str]:
+        """What cannot work, a line each."""
+        size, tokens, longest = self.batch_size, self.batch_tokens, self.max_length
+        lines = []
+        if size and tokens:
+            lines.append(f"--batch-size {size} and --batch-tokens {tokens}: give one of the two")
+        remedy = (
+            f"sentences may have {longest} tokens; give at least that, or a smaller --max-length"
+        )
+        if tokens and tokens < longest:
+            lines.append(f"--batch-tokens {tokens}: {remedy}")
+        if self.pad_to and self.pad_to < longest:
+            lines.append(f"--pad-to {self.pad_to}: {remedy}")
+        return lines
+
+
+# ------------------------------------------------------------------------------------ reading files
+
+
+def read_lines(name: Path | str) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its end) of a UTF-8 file, plain or gzip, in flat memory.
+
+    "-" is standard input. Raises BadInput.
+    """
+    number = 0
+    try:
+        with open(0 if name == "-" else name, "rb", closefd=name != "-") as raw:
+            zipped = name != "-" and raw.peek(2)[:2] == b"\x1f\x8b"
+            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        place = f"{name}, line {number}, byte {error.start + 1}"
+        raise BadInput(f"{place}: not UTF-8; save the file as UTF-8") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        place = f"{name}, after line {number}"
+        raise BadInput(f"{place}: broken gzip file ({error}); make or fetch it again") from None
+    except OSError as error:
+        raise BadInput(f"{name}: {error.strerror}; give a file that can be read") from None
+
+
+def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
+    """(place, row) of a csv file, quoted as in RFC 4180, or of a tsv file, where nothing is
+    quoted."""
+    quoting = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {"strict": True}
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line for _, line in read_lines(path)), delimiter=delimiter, **quoting)
+    try:
+        header = next(reader, [])
+        for values in reader:
+            place = f"{path}, line {reader.line_num}"
+            if len(values) not in (0, len(header)):
+                counts = f"{len(values)} fields, and the header has {len(header)}"
+                raise BadInput(f"{place}: {counts}; mend or take out the line")
+            if values:
+                yield place, dict(zip(header, values))
+    except csv.Error as error:
+        place = f"{path}, line {reader.line_num}"
+        raise BadInput(f"{place}: broken csv ({error}); mend or take out the line") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of a file with one JSON object a line."""
+    for number, line in read_lines(path):
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise BadInput(f"{place}: not JSON ({error}); mend or take out the line") from None
+            if not isinstance(row, dict):
+                raise BadInput(f'{place}: not an object such as {{"text": "fine", "label": 1}}')
+            yield place, row
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of a parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path}: not a whole parquet file ({reason}); make it again") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+    ".csv": lambda path: read_delimited(path, ","),
+    ".tsv": lambda path: read_delimited(path, "\t"),
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}
+FORMATS = ", ".join(READERS) + ", plain or with .gz"
+
+
+def file_format(path: Path) -> str:
+    """The ending that says how to read a file: reviews.csv.gz -> .csv."""
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+
+
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"}
+SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+
+
+def split_of(path: Path) -> str | None:
+    """The split that a file's name, or its folder's, begins with; None if neither does."""
+    words = [re.split(r"[^a-z]", name.lower())[0] for name in (path.name, path.parent.name)]
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
+
+
+def find_files(path: Path) -> dict[str, list[Path]]:
+    """The data files of a file or folder, by split; all under "train" if no name tells a split."""
+    if path.is_file() and file_format(path) not in READERS:
+        raise BadInput(f"--dataset {path}: no data file; its name must end in one of {FORMATS}")
+    if path.is_file():
+        return {"train": [path]}
+    by_split: dict[str | None, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        inner = file.relative_to(path)
+        if file.is_file() and file_format(file) in READERS and not str(inner).startswith("."):
+            by_split.setdefault(split_of(inner), []).append(file)
+    if not by_split:
+        raise BadInput(f"--dataset {path}: a folder without any data file ({FORMATS}); add one")
+    if None in by_split and len(by_split) > 1:
+        odd = ", ".join(file.name for file in by_split[None])
+        raise BadInput(f"--dataset {path}: {odd}: begin the name with train, validation or test")
+    return {split or "train": files for split, files in by_split.items()}
+
+
+# --------------------------------------------------------------------------------- rows into splits
+
+
+def column(row: Row, name: str) -> Any:
+    """row[name], or for a.b the field b of row["a"]. Raises KeyError."""
+    outer, dot, inner = name.partition(".")
+    if name in row or not dot:
+        return row[name]
+    return column(row[outer], inner) if isinstance(row[outer], dict) else row[name]
+
+
+def column_names(row: Row) -> list[str]:
+    """The columns of a row, nested ones as a.b."""
+    names = []
+    for name, value in row.items():
+        inner = column_names(value) if isinstance(value, dict) else []
+        names += [f"{name}.{i}" for i in inner] or [name]
+    return names
+
+
+def select(
+    rows: Iterable[tuple[str, Row]], source_column: str, target_column: str
+) -> Iterator[dict[str, str]]:
+    """The two columns of each row as text. An absent sentence is empty, an absent label an
+    error."""
+    for place, row in rows:
+        selected = {}
+        for side, name in (("source", source_column), ("target", target_column)):
+            try:
+                value = column(row, name)
+            except KeyError:
+                there = ", ".join(column_names(row))
+                remedy = f"name one with {flag(side + '_column')}"
+                raise BadInput(f"{place}: no column {name}, only {there}; {remedy}") from None
+            text = "" if value is None else str(value).strip()
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):
+                raise BadInput(f"{place}: half of a surrogate pair, which is no character; mend it")
+            selected[side] = text
+        if not selected["target"]:
+            raise BadInput(f"{place}: the column {target_column} is empty; fill it or drop the row")
+        yield selected
+
+
+def read_files(
+    files: list[str], source_column: str, target_column: str
+) -> Iterator[dict[str, str]]:
+    """The two columns of all rows of several files. Raises BadInput if there is no row."""
+    empty = True
+    for name in files:
+        rows = READERS[file_format(Path(name))](Path(name))
+        for row in select(rows, source_column, target_column):
+            empty = False
+            yield row
+    if empty:
+        raise BadInput(f"{', '.join(files)}: no rows; fill the file or take it away")
+
+
+def read_table(
+    table: "Dataset", name: str, source_column: str, target_column: str
+) -> Iterator[dict[str, str]]:
+    """The two columns of a table of the Hub, a class's name in place of its number."""
+    label = table.features.get(target_column)
+    rows = ((f"{name}, row {i}", row) for i, row in enumerate(table, 1))
+    for row in select(rows, source_column, target_column):
+        if hasattr(label, "int2str"):
+            row["target"] = label.int2str(int(row["target"]))
+        yield row
+
+
+def to_arrow(
+    rows: Callable[..., Iterator[dict[str, str]]], arguments: Row, fingerprint: str
+) -> "Dataset":
+    """Rows as an Arrow table on disk with the text columns source and target, made once."""
+    import datasets
+
+    text = datasets.Value("string")
+    features = datasets.Features({"source": text, "target": text})
+    try:
+        return datasets.Dataset.from_generator(
+            rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, BadInput) else error) from None
+
+
+def load_files(path: Path, columns: dict[str, str]) -> dict[str, "Dataset"]:
+    """The splits of a file or folder. A changed file is read anew; one that was moved is not."""
+    splits = {}
+    for split, files in find_files(path).items():
+        contents = []
+        for file in files:
+            with open(file, "rb") as content:
+                checksum = hashlib.file_digest(content, "sha256").hexdigest()
+                contents.append([checksum, file_format(file)])
+        arguments = {"files": [str(file) for file in files], **columns}
+        splits[split] = to_arrow(read_files, arguments, digest(contents, columns))
+    return splits
+
+
+def load_hub(name: str, config_name: str | None, columns: dict[str, str]) -> dict[str, "Dataset"]:
+    """The splits of a data set on the Hub, or of a folder laid out like one. Runs no code of it."""
+    import datasets
+    from huggingface_hub import constants
+
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:  # no network: take what was fetched before, without half a minute of retries
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        tables = datasets.load_dataset(name, config_name)
+    except Exception as error:  # the library raises a dozen kinds, and all mean it has none
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(
+            f"--dataset {name}: no file or folder here, not embedded ({', '.join(embedded())}), and "
+            f"not to be had from the Hub ({reason}); check the name, or fetch it on a machine with "
+            f"a network: hf download --repo-type dataset {name}"
+        ) from None
+    splits = {}
+    for split, table in tables.items():
+        usual = "train" if len(tables) == 1 else split_of(Path(split))
+        label = table.features.get(columns["target_column"])
+        if usual is None or usual in splits:
+            print(f"{name}: split {split} is left out, only train, validation and test are used")
+        elif hasattr(label, "int2str") and set(table.unique(columns["target_column"])) == {-1}:
+            print(f"{name}: split {split} is left out, for its labels are held back")
+        else:
+            arguments = {"table": table, "name": f"{name}, {split}", **columns}
+            splits[usual] = to_arrow(read_table, arguments, digest(table._fingerprint, columns))
+    return splits
+
+
+def embedded() -> list[str]:
+    """Names of the data sets under assets/."""
+    return sorted(path.name for path in ASSETS.iterdir() if path.is_dir())
+
+
+def share_of(text: str) -> float:
+    """A number in [0, 1) that the text alone decides: where a cut puts a sentence, it stays."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
+
+
+CUTS = {"test": (0.0, 0.1), "validation": (0.1, 0.2)}  # of share_of
+
+
+def cut_missing(splits: dict[str, "Dataset"]) -> dict[str, "Dataset"]:
+    """Cuts a validation or test split that is not there out of the training split."""
+    train = splits["train"]
+    missing = {split: bounds for split, bounds in CUTS.items() if split not in splits}
+
+    def rows_of(split: str) -> "Dataset":
+        def belongs(texts: list[str]) -> list[bool]:
+            homes = ({s for s, (a, b) in missing.items() if a <= share_of(t) < b} for t in texts)
+            return [split in (home or {"train"}) for home in homes]
+
+        key = digest(train._fingerprint, split, missing)
+        return train.filter(belongs, input_columns="source", batched=True, new_fingerprint=key)
+
+    if missing:
+        splits = {**splits, **{split: rows_of(split) for split in ("train", *missing)}}
+    for split in SPLITS:
+        if not len(splits[split]):
+            raise BadInput(f"no sentence of {len(train)} is left for the {split} split; give more")
+    return {split: splits[split] for split in SPLITS}
+
+
+def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> dict[str, "Dataset"]:
+    """The splits wanted, tables with the text columns source and target. Raises BadInput."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    name = config.dataset
+    columns = {"source_column": config.source_column, "target_column": config.target_column}
+    path = ASSETS / name if name in embedded() else Path(name).expanduser()
+    # A folder with a card is laid out like one of the Hub: the card says which file is which split.
+    if path.is_file() or (path.is_dir() and not (path / "README.md").is_file()):
+        splits = load_files(path, columns)
+    elif path.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        splits = load_hub(str(path) if path.is_dir() else name, config.dataset_config, columns)
+    else:
+        known = ", ".join(embedded())
+        raise BadInput(f"--dataset {name}: no such file or folder; embedded data sets are {known}")
+    if not set(wanted) <= splits.keys():
+        if "train" not in splits:
+            raise BadInput(f"--dataset {name}: only {', '.join(splits)}, no training split; add it")
+        splits = cut_missing(splits)
+    return {split: splits[split] for split in wanted}
+
+
+def class_names(splits: dict[str, "Dataset"]) -> list[str]:
+    """The labels of the training split, numbers in their order, else by alphabet.
+
+    Raises BadInput if they will not do as classes.
+    """
+    names, n = splits["train"].unique("target"), len(splits["train"])
+    are_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+    names = sorted(names, key=int if are_numbers else str)
+    if len(names) == 1:
+        raise BadInput(f"--target-column: every training sentence is {names[0]}; give two classes")
+    if len(names) > max(100, n / 2):
+        raise BadInput(
+            f"--target-column: {len(names)} labels in {n} rows; name a column of classes"
+        )
+    return names
+
+
+# --------------------------------------------------------------------------------------- tokenizers
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes ids."""
+
+    tokenizer: str | None = option(
+        None,
+        "a tokenizer.json, or an id on the Hub",
+        unset="the embedded data set's, else a new one",
+    )
+    train_tokenizer: bool = option(False, "train a new byte-level BPE on the training split")
+    vocab_size: int = option(
+        8000,
+        "tokens of a new tokenizer, at most; 256 bytes and 4 special ones are always in",
+        low=260,
+    )
+    lowercase: bool = option(
+        False, "a new tokenizer makes no difference between A and a", negatable=True
+    )
+
+    def problems(self) -> list[str]:
+        """What cannot work, a line each."""
+        if self.tokenizer and self.train_tokenizer:
+            return [f"--tokenizer {self.tokenizer} and --train-tokenizer: give one of the two"]
+        return []
+
+
+# The four tokens that a model needs, and their spellings in other people's tokenizers.
+SPECIAL_TOKENS = {
+    "<pad>": ("<pad>", "[PAD]", "<|pad|>"),
+    "<s>": ("<s>", "[CLS]", "[BOS]", "<bos>", "<|startoftext|>"),
+    "</s>": ("</s>", "[SEP]", "[EOS]", "<eos>", "<|endoftext|>"),
+    "<unk>": ("<unk>", "[UNK]"),
+}
+
+
+@dataclass(frozen=True)
+class TextCodec:
+    """A tokenizer, and the ids of its special tokens."""
+
+    tokenizer: Tokenizer
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    unk_id: int
+
+    @property
+    def n_vocab(self) -> int:
+        """Rows that an embedding needs."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens."""
+        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def as_codec(tokenizer: Tokenizer) -> TextCodec:
+    """Finds the special tokens, and adds those that are not there."""
+    ids = []
+    for name, spellings in SPECIAL_TOKENS.items():
+        found = next((s for s in spellings if tokenizer.token_to_id(s) is not None), None)
+        if found is None:
+            tokenizer.add_special_tokens([name])
+            print(f"tokenizer: has no {name}, so it was added", file=sys.stderr)
+        ids.append(tokenizer.token_to_id(found or name))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # "<pad>" in a user's sentence is text like any other
+    return TextCodec(tokenizer, *ids)
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> TextCodec:
+    """A byte-level BPE: any text has ids, and the same texts give the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    steps = [normalizers.NFC(), *([normalizers.Lowercase()] if config.lowercase else [])]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return as_codec(tokenizer)
+
+
+def read_tokenizer(name: str) -> TextCodec:
+    """A tokenizer.json, or the one of an id on the Hub. Raises BadInput."""
+    path = Path(name).expanduser()
+    try:
+        there = path.exists()
+        tokenizer = Tokenizer.from_file(str(path)) if there else Tokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises plain Exceptions
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"--tokenizer {name}: none there ({reason}); give a tokenizer.json of the tokenizers "
+            "library, or --train-tokenizer"
+        ) from None
+    return as_codec(tokenizer)
+
+
+def shipped_tokenizer(dataset: str) -> Path:
+    """Where an embedded data set has its tokenizer."""
+    return ASSETS / dataset / "tokenizer.json"
+
+
+def trains_tokenizer(config: TokenizerConfig, dataset: str) -> bool:
+    """Whether a new tokenizer is due: asked for, or there is no other."""
+    return config.train_tokenizer or not (config.tokenizer or shipped_tokenizer(dataset).is_file())
+
+
+def get_tokenizer(config: TokenizerConfig, dataset: str, train: "Dataset") -> TextCodec:
+    """The tokenizer asked for; else that of an embedded data set; else one trained on train."""
+    if trains_tokenizer(config, dataset):
+        return train_tokenizer(
+            (text for rows in train.iter(1000) for text in rows["source"]), config
+        )
+    return read_tokenizer(config.tokenizer or str(shipped_tokenizer(dataset)))
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+NO_TARGET = -100  # what torch's cross_entropy leaves out; 0 is a class like any other
+
+
+@dataclass
+class Batch:
+    """A micro-batch. Its counts are known on the host, so that no step has to ask the device."""
+
+    src: Tensor  # (b, l_z) int64, each row ending with eos_id, then pad_id
+    tgt_in: Tensor  # (b, l_x) int64, each row beginning with bos_id
+    tgt_out: Tensor  # (b, l_x) int64, what is to be predicted, NO_TARGET where nothing is
+    n_targets: int  # what a mean loss is divided by
+    n_tokens: int  # of source and target, without padding
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = (change(t) for t in (self.src, self.tgt_in, self.tgt_out))
+        return Batch(*tensors, self.n_targets, self.n_tokens)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; from pinned memory the copy goes on beside the computation."""
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by torch's DataLoader when the batch is bound for CUDA."""
+        return self._each(Tensor.pin_memory)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, width: int = 0) -> Tensor:
+    """Rows of unequal length as one tensor (b, longest or width), filled up with value."""
+    ids = np.full((len(rows), max(width, *map(len, rows))), value, dtype=np.int64)
+    for line, row in zip(ids, rows):
+        line[: len(row)] = row
+    return torch.from_numpy(ids)
+
+
+def plan_epoch(
+    lengths: np.ndarray, *, batch_size: int | None, batch_tokens: int | None, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """The micro-batches of an epoch as row numbers: each row once, like lengths together.
+
+    lengths: (n, 2) tokens of source and target. A micro-batch has at most batch_size rows and, with
+    padding, at most batch_tokens tokens on its longer side. Which rows of one length meet, and the
+    order of the batches, falls anew each epoch. The arguments alone decide, not the machine, the
+    processes or the version of a library: numpy promises the stream of PCG64 for ever.
+    """
+    noise = np.random.PCG64([seed, epoch])
+    ties = noise.random_raw(len(lengths))
+    order = np.lexsort((ties, lengths[:, 1], lengths[:, 0]))
+    longest = lengths.max(axis=1)[order].tolist()
+    bounds, width = [0], 0
+    for end, length in enumerate(longest):
+        n, width = end - bounds[-1], max(width, length)
+        if n == batch_size or (batch_tokens and n and (n + 1) * width > batch_tokens):
+            bounds.append(end)
+            width = length
+    batches = np.split(order, bounds[1:])
+    return [batches[i] for i in np.argsort(noise.random_raw(len(batches)), kind="stable")]
+
+
+class TextData:
+    """Splits as ids, and batches of them.
+
+    Ids are kept on disk and memory-mapped, so memory grows by the lengths alone, 16 bytes a row.
+    """
+
+    def __init__(
+        self, config: DataConfig, splits: dict[str, "Dataset"], classes: list[str], codec: TextCodec
+    ) -> None:
+        self.config, self.classes, self.codec = config, classes, codec
+        self.fingerprint = digest({split: texts._fingerprint for split, texts in splits.items()})
+        self.rows = {split: self._encode(split, texts) for split, texts in splits.items()}
+        self.lengths = {split: self._lengths(rows) for split, rows in self.rows.items()}
+
+    def _encode(self, split: str, texts: "Dataset") -> "Dataset":
+        codec, max_length = self.codec, self.config.max_length
+        class_ids = {name: i for i, name in enumerate(self.classes)}
+        for name in texts.unique("target"):
+            if name not in class_ids:
+                known = ", ".join(self.classes[:20])
+                raise BadInput(f"label {name} of the {split} split: training has only {known}")
+
+        def encode(batch: dict[str, list[str]]) -> dict[str, list]:
+            src = codec.encode(batch["source"])
+            return {
+                "src": [ids[: max_length - 1] + [codec.eos_id] for ids in src],
+                "tgt": [[class_ids[name]] for name in batch["target"]],
+                "n_src": [len(ids) + 1 for ids in src],
+                "n_unknown": [ids.count(codec.unk_id) for ids in src],
+            }
+
+        tokenizer = codec.tokenizer.to_str()
+        key = digest(texts._fingerprint, tokenizer, self.config.task, max_length, self.classes)
+        names = texts.column_names
+        return texts.map(encode, batched=True, remove_columns=names, new_fingerprint=key)
+
+    def _lengths(self, rows: "Dataset") -> np.ndarray:
+        n_src = np.minimum(rows.data.column("n_src").to_numpy(), self.config.max_length)
+        return np.stack((n_src, np.ones_like(n_src)), axis=1)  # (n, 2)
+
+    def plan(self, split: str, *, seed: int = 0, epoch: int = 0) -> list[np.ndarray]:
+        """The micro-batches of one epoch; training counts epochs from 1."""
+        size, tokens = self.config.batch_size, self.config.batch_tokens
+        lengths = self.lengths[split]
+        return plan_epoch(lengths, batch_size=size, batch_tokens=tokens, seed=seed, epoch=epoch)
+
+    def padding_share(self, split: str, plan: list[np.ndarray]) -> float:
+        """Share of the source positions of a plan that hold no token."""
+        n_src = self.lengths[split][:, 0]
+        n_tokens = sum(int(n_src[rows].sum()) for rows in plan)
+        widths = (max(self.config.pad_to, int(n_src[rows].max())) for rows in plan)
+        return 1 - n_tokens / sum(len(rows) * width for rows, width in zip(plan, widths))
+
+    def plan_fingerprint(self, seed: int) -> str:
+        """Two runs that show the same one train on the same ids in the same batches."""
+        plan = [rows.tolist() for rows in self.plan("train", seed=seed, epoch=1)]
+        return digest(self.rows["train"]._fingerprint, self.config.pad_to, plan)
+
+    def report(self, split: str) -> str:
+        """One line of counts, so that nothing is cut in silence."""
+        columns, longest = self.rows[split].data, self.config.max_length
+        n_src = columns.column("n_src").to_numpy()
+        n_unknown = columns.column("n_unknown").to_numpy().sum()
+        return (
+            f"{split}: {len(n_src):,} sentences, {self.lengths[split][:, 0].sum():,} tokens; "
+            f"{(n_src == 1).sum():,} empty, {(n_src > longest).sum():,} over {longest} tokens and "
+            f"cut, {n_unknown:,} unknown tokens, "
+            f"{self.padding_share(split, self.plan(split)):.1%} padding"
+        )
+
+    def batches(self, split: str, plan: list[np.ndarray], device: torch.device) -> Iterator[Batch]:
+        """The batches of a plan on a device, in its order."""
+        loader = torch.utils.data.DataLoader(
+            self.rows[split].select_columns(["src", "tgt"]),
+            batch_sampler=[rows.tolist() for rows in plan],
+            collate_fn=self.collate,
+            num_workers=self.config.num_workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # its own, or it would draw from dropout's
+        )
+        return (batch.to(device) for batch in loader)
+
+    def collate(self, rows: list[Row]) -> Batch:
+        """Puts rows together as one batch: the sentence, the start token, the class."""
+        src = pad([row["src"] for row in rows], self.codec.pad_id, self.config.pad_to)
+        tgt_out = pad([row["tgt"] for row in rows], NO_TARGET)  # (b, 1)
+        tgt_in = torch.full_like(tgt_out, self.codec.bos_id)
+        n_tokens = sum(len(row["src"]) for row in rows) + len(rows)
+        return Batch(src, tgt_in, tgt_out, n_targets=len(rows), n_tokens=n_tokens)

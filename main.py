@@ -1,0 +1,461 @@
+"""The command line, and one run: options, data, model, training, test.
+
+python main.py                 trains and tests a Transformer on the embedded reviews, on the best
+device python main.py --help          every option, with its unit and default
+"""
+
+import argparse
+import difflib
+import os
+import statistics
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from comp_utils import (
+    BadInput,
+    RunFailed,
+    RunFolder,
+    allowed,
+    draw_confusion,
+    draw_curves,
+    flag,
+    machine_facts,
+    option,
+    out_of_range,
+    pick_device,
+    set_seed,
+)
+from data import (
+    DataConfig,
+    TextCodec,
+    TextData,
+    TokenizerConfig,
+    class_names,
+    get_tokenizer,
+    load_splits,
+    read_lines,
+    read_tokenizer,
+    trains_tokenizer,
+)
+from models import SIZES, ModelConfig, TransformerClassifier, count_parameters
+from procedures import TrainingConfig, classify, evaluate, paper_lr, train
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run takes place, and where it is kept."""
+
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option(
+        "fp32", "of matrix products; weights stay in fp32", choices=("fp32", "bf16", "fp16")
+    )
+    compile: bool = option(False, "let torch.compile make kernels for this model first")
+    seed: int = option(0, "of weights, dropout and the order of batches", low=0)
+    run_dir: str | None = option(None, "folder of the run", unset="runs/DATASET/TIME")
+    overwrite: bool = option(False, "take the place of a run that --run-dir holds")
+
+
+@dataclass(frozen=True)
+class UseConfig:
+    """What to do with a trained model, instead of training one."""
+
+    test_only: bool = option(False, "test the model of --run-dir again")
+    predict: str | None = option(
+        None, "classify each line of a file, or of standard input (-), with the model of --run-dir"
+    )
+
+
+@dataclass(frozen=True)
+class SizeConfig:
+    """The named size that the other model options start from."""
+
+    model: str = option(
+        "tiny",
+        "; ".join(
+            f"{name}: {c.n_layers}+{c.n_layers} layers of {c.d_model}/{c.d_ff}, {c.n_heads} heads"
+            for name, c in SIZES.items()
+        ),
+        choices=tuple(SIZES),
+    )
+
+
+GROUPS = {
+    "run": (RunConfig,),
+    "data": (DataConfig,),
+    "tokenizer": (TokenizerConfig,),
+    "model": (SizeConfig, ModelConfig),
+    "training": (TrainingConfig,),
+    "use": (UseConfig,),
+}
+
+# The best settings known for an embedded data set, found on its training and validation splits.
+# They are also the defaults for other data of the same task.
+RECIPES: dict[str, dict[str, Any]] = {
+    "rotten_tomatoes": {
+        "task": "classification",
+        "lowercase": True,
+        "batch_size": 32,
+        "model": "tiny",
+        "dropout": 0.4,
+        "epochs": 12,
+        "lr": 1e-3,
+        "schedule": "linear",
+        "warmup_steps": 200,
+        "weight_decay": 0.01,
+    },
+}
+RECIPE_OF_TASK = {"classification": "rotten_tomatoes"}
+
+# What may be said anew when a trained model is used; everything else is the run's own.
+FREE_IN_USE = {
+    "run_dir",
+    "device",
+    "precision",
+    "num_workers",
+    "batch_size",
+    "test_only",
+    "predict",
+}
+FREE_IN_TEST = {"dataset", "dataset_config", "source_column", "target_column"}
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says what is wrong in one line, as all of this program does."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Called by argparse."""
+        raise BadInput(message)
+
+
+def option_fields() -> dict[str, Any]:
+    """The dataclass field behind each option, by name."""
+    return {f.name: f for group in GROUPS.values() for config in group for f in fields(config)}
+
+
+def kind_of(f: Any) -> type:
+    """int for a field of type int or int | None."""
+    return next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
+
+
+def build_parser() -> Parser:
+    """One flag for each field of the settings classes; a flag that is not given is absent."""
+    parser = Parser(
+        description="Trains the Transformer of Attention Is All You Need, and tests it.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for title, configs in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for f in (f for config in configs for f in fields(config)):
+            text = f.metadata["help"].replace("%", "%%")
+            if kind_of(f) is bool:
+                negatable = f.metadata.get("negatable")
+                action = argparse.BooleanOptionalAction if negatable else "store_true"
+                group.add_argument(flag(f.name), action=action, help=text)
+                continue
+            default = f.metadata.get("unset", "none") if f.default is None else f.default
+            limits = f"; {allowed(f.metadata)}" if allowed(f.metadata) else ""
+            kind = kind_of(f).__name__.upper()
+            metavar = {"INT": "N", "FLOAT": "X", "STR": f.name.split("_")[-1].upper()}[kind]
+            group.add_argument(
+                flag(f.name), metavar=metavar, help=f"{text}{limits} (default: {default})"
+            )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> dict[str, Any]:
+    """The options given, by field name, in their own types. Raises BadInput with all that is
+    wrong."""
+    known = option_fields()
+    namespace, unknown = build_parser().parse_known_args(argv)
+    problems = []
+    for word in unknown:
+        near = difflib.get_close_matches(word.split("=")[0], [flag(name) for name in known], 1)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        problems.append(f"{word}: no such option; {hint}")
+    given = vars(namespace)
+    for name, value in given.items():
+        kind = kind_of(known[name])
+        try:
+            given[name] = value if isinstance(value, bool) else kind(value)
+            if given[name] != given[name]:
+                raise ValueError
+        except ValueError:
+            word = {int: "a whole number", float: "a number"}[kind]
+            problems.append(f"{flag(name)} {value}: give {word}")
+    if problems:
+        raise BadInput(*problems)
+    return given
+
+
+def resolve(given: dict[str, Any]) -> SimpleNamespace:
+    """Every option: as given, else by the recipe, else by the model's size, else the default."""
+    defaults = {name: f.default for name, f in option_fields().items()}
+    dataset = given.get("dataset", defaults["dataset"])
+    task = given.get("task", RECIPES.get(dataset, {}).get("task", defaults["task"]))
+    recipe = dict(RECIPES.get(dataset) or RECIPES[RECIPE_OF_TASK.get(task, "rotten_tomatoes")])
+    if "model" in given:  # a size asked for by name is that size whole, not with a recipe's changes
+        recipe = {k: v for k, v in recipe.items() if k not in asdict(ModelConfig())}
+    if "batch_size" in given or "batch_tokens" in given:
+        recipe.pop("batch_size", None), recipe.pop("batch_tokens", None)
+    size = SIZES.get(given.get("model", recipe.get("model", defaults["model"])), ModelConfig())
+    options = SimpleNamespace(**{**defaults, **asdict(size), **recipe, **given})
+    if options.lr is None and options.d_model > 0 and options.warmup_steps > 0:
+        options.lr = paper_lr(d_model=options.d_model, warmup_steps=options.warmup_steps)
+    return options
+
+
+def part(config: type, options: SimpleNamespace) -> Any:
+    """The settings object of one class, cut out of all options."""
+    return config(**{f.name: getattr(options, f.name) for f in fields(config)})
+
+
+def check(options: SimpleNamespace, given: dict[str, Any], *questions: Callable[[], Any]) -> list:
+    """The answers to questions, or BadInput with a line for every setting that cannot work."""
+    configs = [part(config, options) for group in GROUPS.values() for config in group]
+    problems = [line for config in configs for line in out_of_range(config)]
+    if not problems:  # the rules between options speak of values that make sense one by one
+        problems = [line for c in configs if hasattr(c, "problems") for line in c.problems()]
+    if options.overwrite and options.run_dir is None:
+        problems.append("--overwrite: say which run to replace with --run-dir")
+    if not trains_tokenizer(part(TokenizerConfig, options), options.dataset):
+        problems += [
+            f"{flag(name)}: is for a new tokenizer; add --train-tokenizer, or leave it out"
+            for name in ("vocab_size", "lowercase")
+            if name in given
+        ]
+    answers = []
+    for question in questions:
+        try:
+            answers.append(question())
+        except BadInput as error:
+            problems += error.lines
+    if problems:
+        raise BadInput(*problems)
+    return answers
+
+
+# -------------------------------------------------------------------------------------------- a run
+
+
+def build_model(options: SimpleNamespace, codec: TextCodec, n_classes: int) -> nn.Module:
+    """The model that the options describe, with fresh weights."""
+    return TransformerClassifier(
+        part(ModelConfig, options),
+        n_vocab=codec.n_vocab,
+        n_classes=n_classes,
+        max_len=max(options.max_length, options.pad_to),
+        pad_id=codec.pad_id,
+    )
+
+
+def train_and_test(given: dict[str, Any]) -> None:
+    """One run, from text to test result."""
+    options = resolve(given)
+    device, folder = check(
+        options,
+        given,
+        lambda: pick_device(options.device, options.precision),
+        lambda: RunFolder.plan(options.run_dir, options.dataset, options.overwrite),
+    )
+    set_seed(options.seed)
+    splits = load_splits(part(DataConfig, options))
+    classes = class_names(splits)
+    codec = get_tokenizer(part(TokenizerConfig, options), options.dataset, splits["train"])
+    data = TextData(part(DataConfig, options), splits, classes, codec)
+    model = build_model(options, codec, len(classes)).to(device)
+    facts = {
+        "classes": classes,
+        "parameters": count_parameters(model),
+        "data_fingerprint": data.fingerprint,
+        "plan_fingerprint": data.plan_fingerprint(options.seed),
+        "processes": 1,
+        **machine_facts(device),
+    }
+    folder.create()
+    folder.write_tokenizer(codec.tokenizer.to_str(pretty=True))
+    folder.write_config({"options": vars(options), **facts})
+    print(
+        f"{facts['device_name']} ({device.type}), {facts['threads']} threads, "
+        f"torch {facts['torch']}, {options.precision}\n"
+        f"{options.dataset}, {len(classes)} classes: {', '.join(classes[:10])}"
+    )
+    for split in data.rows:
+        print("  " + data.report(split))
+    print(
+        f"tokenizer of {codec.n_vocab:,} tokens; model of {facts['parameters']:,} parameters\n"
+        f"batch plan {facts['plan_fingerprint']}; run folder {folder.path}",
+        flush=True,
+    )
+    try:
+        train(
+            model,
+            data,
+            part(TrainingConfig, options),
+            folder,
+            device=device,
+            precision=options.precision,
+            seed=options.seed,
+            compiled=options.compile,
+        )
+    finally:  # a run that was stopped is worth looking at too
+        title = f"{options.dataset}, {facts['parameters'] / 1e6:.1f} M parameters"
+        draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
+    test(model, data, folder, device, options.precision)
+    seconds = [m["seconds"] for m in folder.read_metrics() if m["event"] == "epoch"]
+    print(
+        f"one training epoch: {statistics.median(seconds):.2f} s, the median of {len(seconds)} "
+        f"({min(seconds):.2f} to {max(seconds):.2f})\nrun folder: {folder.path}"
+    )
+
+
+def test(
+    model: nn.Module, data: TextData, folder: RunFolder, device: torch.device, precision: str
+) -> None:
+    """The test split: numbers to the screen and metrics.jsonl, the confusions drawn."""
+    result = evaluate(model, data, "test", device=device, precision=precision)
+    scores = {"loss": result.loss, "accuracy": result.accuracy, "macro_f1": result.macro_f1}
+    name, n = data.config.dataset, result.n_sentences
+    folder.log(event="test", dataset=name, sentences=n, **scores)
+    title = f"{name}, test split: accuracy {result.accuracy:.2%}"
+    draw_confusion(result.confusion, data.classes, folder.path / folder.CONFUSION, title)
+    print(
+        f"test: accuracy {result.accuracy:.2%}, macro-F1 {result.macro_f1:.4f}, "
+        f"loss {result.loss:.4f}, {n:,} sentences"
+    )
+
+
+# ---------------------------------------------------------------------------------- a trained model
+
+
+def use(given: dict[str, Any]) -> None:
+    """Tests, or predicts with, the model of a run folder."""
+    testing = "test_only" in given
+    if testing and "predict" in given:
+        raise BadInput(f"--test-only and --predict {given['predict']}: give one of the two")
+    folder = RunFolder.find(given.get("run_dir"))
+    config = folder.read_config()
+    options = SimpleNamespace(**{**saved_options(folder, config), **given})
+    free = FREE_IN_USE | (FREE_IN_TEST if testing else set())
+    fixed = [
+        f"{flag(name)} {value}: is settled by the run in {folder.path}; leave it out"
+        for name, value in given.items()
+        if name not in free
+    ]
+    if fixed:
+        raise BadInput(*fixed)
+    (device,) = check(options, {}, lambda: pick_device(options.device, options.precision))
+    codec = read_tokenizer(str(folder.path / folder.TOKENIZER))
+    model = build_model(options, codec, len(config["classes"])).to(device)
+    folder.load_weights(model, device)
+    if testing:
+        data_config = part(DataConfig, options)
+        data = TextData(data_config, load_splits(data_config, ["test"]), config["classes"], codec)
+        print(data.report("test"))
+        test(model, data, folder, device, options.precision)
+    else:
+        predict(model, codec, config["classes"], options, device)
+
+
+def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
+    """The options in a run's config.json. Raises BadInput if they are not what this version
+    writes."""
+    saved, known = config["options"], option_fields()
+    wrong = sorted(saved.keys() ^ known.keys())
+    for name in saved.keys() & known.keys():
+        kind = kind_of(known[name])
+        fits = (int, float) if kind is float else kind
+        if saved[name] is None:
+            fits = type(None) if known[name].default is None else ()
+        if not isinstance(saved[name], fits) or (kind is not bool and saved[name] is True):
+            wrong.append(name)
+    if wrong:
+        raise BadInput(
+            f"{folder.path / folder.CONFIG}: {', '.join(wrong)} is not as this version of rhea "
+            "writes it; use the version that made the run, or train anew"
+        )
+    return {**saved, "test_only": False, "predict": None}
+
+
+def predict(
+    model: nn.Module,
+    codec: TextCodec,
+    classes: list[str],
+    options: SimpleNamespace,
+    device: torch.device,
+) -> None:
+    """label<TAB>probability for each line, in order; an empty line for an empty one."""
+    lines = (line.rstrip("\r\n") for _, line in read_lines(options.predict))
+    answers = classify(
+        model,
+        codec,
+        lines,
+        max_length=options.max_length,
+        batch_size=options.batch_size or 64,
+        # A person who types waits for each answer; a file is faster in large portions.
+        at_once=1 if options.predict == "-" and sys.stdin.isatty() else 4096,
+        device=device,
+        precision=options.precision,
+    )
+    n_empty = n_cut = 0
+    for answer in answers:
+        if answer is None:
+            n_empty += 1
+            print()
+            continue
+        class_id, probability, length = answer
+        n_cut += length > options.max_length
+        print(f"{classes[class_id]}\t{probability:.4f}", flush=sys.stdin.isatty())
+    if n_empty:
+        print(f"warning: {n_empty} empty lines, answered with empty lines", file=sys.stderr)
+    if n_cut:
+        print(
+            f"warning: {n_cut} lines have more than {options.max_length} tokens and were cut there",
+            file=sys.stderr,
+        )
+
+
+def run(given: dict[str, Any]) -> None:
+    """What the command line asks for."""
+    if "test_only" in given or "predict" in given:
+        use(given)
+    else:
+        train_and_test(given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0 done, 2 the command line or data cannot work, 1 failed, 130 stopped."""
+    try:
+        run(parse_args(argv))
+    except BadInput as error:
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of memory; give a smaller --batch-size or --model", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (RunFailed, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the best weights so far are in the run folder", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

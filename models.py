@@ -1,0 +1,231 @@
+"""The encoder-decoder Transformer, put together from `components`, and its named sizes.
+
+Sources: *Attention Is All You Need* (AIAYN, arXiv 1706.03762) and *Formal Algorithms for
+Transformers* (FA, arXiv 2207.09238), Algorithm 8. FA calls our `src` z and our `tgt_in` x.
+
+Letters of the shape comments: b batch, l_z source length, l_x target length, d d_model.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from comp_utils import option
+from components import (
+    ACTIVATIONS,
+    POSITIONS,
+    FeedForward,
+    LayerNorm,
+    MHAttention,
+    TokenEmbedding,
+    Unembedding,
+    init_linear,
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the model is, but for vocabulary and task. The defaults are the paper's base model."""
+
+    n_layers: int = option(6, "layers of the encoder, and as many of the decoder", low=1)
+    d_model: int = option(512, "size of a token's vector", low=1)
+    d_ff: int = option(2048, "inner size of the feed-forward layers", low=1)
+    n_heads: int = option(8, "attention heads", low=1)
+    d_attn: int | None = option(
+        None, "size of a head's query and key, the paper's d_k", low=1, unset="d-model / n-heads"
+    )
+    d_mid: int | None = option(
+        None, "size of a head's value, the paper's d_v", low=1, unset="d-model / n-heads"
+    )
+    dropout: float = option(
+        0.1, "share set to 0 of sub-layer outputs and of embedding + position", low=0.0, below=1.0
+    )
+    activation: str = option("relu", "of the feed-forward layers", choices=tuple(ACTIVATIONS))
+    attention: str = option(
+        "fused",
+        "head by head as the paper has it, all heads in one product, or torch's kernel; all agree",
+        choices=("list", "matmul", "fused"),
+    )
+    positions: str = option("sinusoidal", "position encoding", choices=tuple(POSITIONS))
+
+    def problems(self) -> list[str]:
+        """What cannot work, a line each."""
+        lines, d_model = [], f"--d-model {self.d_model}"
+        if (self.d_attn is None or self.d_mid is None) and self.d_model % self.n_heads:
+            remedy = "give one that does, or a head's size with --d-attn and --d-mid"
+            lines.append(f"{d_model}: does not divide by --n-heads {self.n_heads}; {remedy}")
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            remedy = "give an even one, or --positions learned"
+            lines.append(f"{d_model}: is odd, and sinusoidal positions come in pairs; {remedy}")
+        return lines
+
+
+BASE = ModelConfig()
+SIZES = {
+    "tiny": replace(BASE, n_layers=2, d_model=128, d_ff=512, n_heads=4),
+    "small": replace(BASE, n_layers=3, d_model=256, d_ff=1024, n_heads=4),
+    "base": BASE,
+    "big": replace(BASE, d_model=1024, d_ff=4096, n_heads=16, dropout=0.3),
+}
+
+
+def padding_mask(ids: Tensor, pad_id: int) -> Tensor:
+    """True where a token is, False where padding is. ids (b, l); returns (b, 1, 1, l), for all
+    heads and queries."""
+    return (ids != pad_id)[:, None, None, :]
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """Mask[t_x, t_z] = [t_z <= t_x]: no position sees a later one. Returns (length, length)."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then feed-forward, each wrapped as layer_norm(Z + dropout(sublayer(Z))).
+
+    Source: AIAYN, section 3.1 and 5.4; FA, Algorithm 8, lines 5 to 9.
+    Shapes: Z (b, l_z, d), Mask -> (b, h, l_z, l_z) bool; returns (b, l_z, d).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attention = self_sized_attention(config)
+        self.norm_1 = LayerNorm(config.d_model)
+        self.feed_forward = FeedForward(
+            d_model=config.d_model, d_ff=config.d_ff, activation=config.activation
+        )
+        self.norm_2 = LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, Z: Tensor, Mask: Tensor | None) -> Tensor:
+        Z = self.norm_1(Z + self.dropout(self.self_attention(Z, Z, Mask)))
+        return self.norm_2(Z + self.dropout(self.feed_forward(Z)))
+
+
+class DecoderLayer(nn.Module):
+    """Masked self-attention, attention to the encoder's output, feed-forward, each wrapped as in
+    the encoder.
+
+    Source: AIAYN, section 3.1 and 5.4; FA, Algorithm 8, lines 14 to 22.
+    Shapes: X (b, l_x, d), memory (b, l_z, d), Mask -> (b, h, l_x, l_x) and memory_Mask -> (b, h,
+    l_x, l_z) bool; returns (b, l_x, d).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attention = self_sized_attention(config)
+        self.norm_1 = LayerNorm(config.d_model)
+        self.cross_attention = self_sized_attention(config)
+        self.norm_2 = LayerNorm(config.d_model)
+        self.feed_forward = FeedForward(
+            d_model=config.d_model, d_ff=config.d_ff, activation=config.activation
+        )
+        self.norm_3 = LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, X: Tensor, memory: Tensor, Mask: Tensor | None, memory_Mask: Tensor | None
+    ) -> Tensor:
+        X = self.norm_1(X + self.dropout(self.self_attention(X, X, Mask)))
+        X = self.norm_2(X + self.dropout(self.cross_attention(X, memory, memory_Mask)))
+        return self.norm_3(X + self.dropout(self.feed_forward(X)))
+
+
+def self_sized_attention(config: ModelConfig) -> MHAttention:
+    """MHAttention from and to vectors of d_model."""
+    d = config.d_model
+    return MHAttention(
+        d_x=d,
+        d_z=d,
+        d_attn=config.d_attn or d // config.n_heads,
+        d_mid=config.d_mid or d // config.n_heads,
+        d_out=d,
+        n_heads=config.n_heads,
+        form=config.attention,
+    )
+
+
+class EncoderDecoder(nn.Module):
+    """The trunk that both tasks share: one embedding for both sides, encoder and decoder; no output
+    layer.
+
+    n_vocab: tokens of the joint vocabulary. max_len: longest sequence, in tokens. pad_id: the token
+    that is none.
+    """
+
+    def __init__(self, config: ModelConfig, *, n_vocab: int, max_len: int, pad_id: int) -> None:
+        super().__init__()
+        self.pad_id = pad_id
+        self.embedding = TokenEmbedding(n_vocab, config.d_model)
+        self.positions = POSITIONS[config.positions](max_len, config.d_model)
+        self.encoder = nn.ModuleList([EncoderLayer(config) for _ in range(config.n_layers)])
+        self.decoder = nn.ModuleList([DecoderLayer(config) for _ in range(config.n_layers)])
+        self.dropout = nn.Dropout(config.dropout)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """dropout(embedding + position): ids (b, l) -> (b, l, d)."""
+        return self.dropout(self.positions(self.embedding(ids)))
+
+    def encode(self, src: Tensor, src_Mask: Tensor) -> Tensor:
+        """src (b, l_z), src_Mask (b, 1, 1, l_z) -> memory (b, l_z, d)."""
+        Z = self.embed(src)
+        for layer in self.encoder:
+            Z = layer(Z, src_Mask)
+        return Z
+
+    def decode(self, tgt_in: Tensor, memory: Tensor, src_Mask: Tensor) -> Tensor:
+        """tgt_in (b, l_x), memory (b, l_z, d), src_Mask (b, 1, 1, l_z) -> (b, l_x, d).
+
+        Padding stands at the end of tgt_in, so that the causal mask hides it from every token: no
+        other mask is due.
+        """
+        X = self.embed(tgt_in)
+        Mask = causal_mask(tgt_in.shape[1], tgt_in.device)  # (l_x, l_x)
+        for layer in self.decoder:
+            X = layer(X, memory, Mask, src_Mask)
+        return X
+
+    def trunk(self, src: Tensor, tgt_in: Tensor) -> Tensor:
+        """src (b, l_z), tgt_in (b, l_x) -> the decoder's output (b, l_x, d)."""
+        src_Mask = padding_mask(src, self.pad_id)  # (b, 1, 1, l_z)
+        return self.decode(tgt_in, self.encode(src, src_Mask), src_Mask)
+
+
+class Transformer(EncoderDecoder):
+    """logits = EDTransformer(src, tgt_in): at each position the next target token.
+
+    Source: FA, Algorithm 8; AIAYN, sections 3.1 to 3.5. Embedding, decoder's embedding and
+    unembedding are one matrix.
+    Shapes: src (b, l_z), tgt_in (b, l_x) int64; returns (b, l_x, n_vocab).
+    """
+
+    def __init__(self, config: ModelConfig, *, n_vocab: int, max_len: int, pad_id: int) -> None:
+        super().__init__(config, n_vocab=n_vocab, max_len=max_len, pad_id=pad_id)
+        self.unembedding = Unembedding(self.embedding)
+
+    def forward(self, src: Tensor, tgt_in: Tensor) -> Tensor:
+        return self.unembedding(self.trunk(src, tgt_in))
+
+
+class TransformerClassifier(EncoderDecoder):
+    """logits = W_c trunk(src, tgt_in) + b_c, with the start token alone as tgt_in: one vector, so
+    one row of logits.
+
+    Shapes: src (b, l_z), tgt_in (b, 1) int64; returns (b, 1, n_classes).
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, n_vocab: int, n_classes: int, max_len: int, pad_id: int
+    ) -> None:
+        super().__init__(config, n_vocab=n_vocab, max_len=max_len, pad_id=pad_id)
+        self.W_c = nn.Linear(config.d_model, n_classes)
+        init_linear(self.W_c)
+
+    def forward(self, src: Tensor, tgt_in: Tensor) -> Tensor:
+        return self.W_c(self.trunk(src, tgt_in))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that training changes; a matrix that is used twice counts once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
