@@ -148,35 +148,20 @@ def attention(Q: Tensor, K: Tensor, V: Tensor, Mask: Tensor | None = None) -> Te
 
 
 class MHAttention(nn.Module):
-    """MHAttention(X, Z | W_q, W_k, W_v, W_o, Mask) = [Y_1; ...; Y_h] W_o, where Y_i is head i's
-    attention.
+    """MHAttention(X, Z | W_q, W_k, W_v, W_o, Mask) = [Y_1; ...; Y_h] W_o, with Y_i of head i.
 
     Source: FA, Algorithms 4 and 5; AIAYN, section 3.2.2.
-    Shapes: X (b, l_x, d_x), Z (b, l_z, d_z), Mask -> (b, h, l_x, l_z) bool; returns (b, l_x,
-    d_out).
-    `form` says how it is computed, never what, and the weights are the same: "list" takes one head
-    after the other, as the algorithm is written, "matmul" all heads in one product, "fused" leaves
-    `attention` to torch's kernel.
+    Shapes: X (b, l_x, d_x), Z (b, l_z, d_z), Mask -> (b, h, l_x, l_z) bool; returns (b, l_x, d_out).
+    form: how it is computed, never what. "list" takes one head after the other, as the algorithm is
+    written, "matmul" all heads in one product, "fused" leaves `attention` to torch's kernel.
     A row of Mask with no True is not defined: callers keep at least one position visible.
     """
 
     def __init__(
-        self,
-        *,
-        d_x: int,
-        d_z: int,
-        d_attn: int,
-        d_mid: int,
-        d_out: int,
-        n_heads: int,
-        form: str = "fused",
+        self, *, d_x: int, d_z: int, d_attn: int, d_mid: int, d_out: int, n_heads: int, form: str
     ) -> None:
         super().__init__()
-        self.n_heads = n_heads
-        self.heads = {"list": self._one_by_one, "matmul": self._at_once, "fused": self._at_once}[
-            form
-        ]
-        self.attention = F.scaled_dot_product_attention if form == "fused" else attention
+        self.n_heads, self.form = n_heads, form
         self.W_q = nn.Linear(d_x, n_heads * d_attn)
         self.W_k = nn.Linear(d_z, n_heads * d_attn)
         self.W_v = nn.Linear(d_z, n_heads * d_mid)
@@ -185,28 +170,30 @@ class MHAttention(nn.Module):
             init_linear(W)
 
     def forward(self, X: Tensor, Z: Tensor, Mask: Tensor | None = None) -> Tensor:
-        return self.W_o(self.heads(X, Z, Mask))  # (b, l_x, h * d_mid) -> (b, l_x, d_out)
+        heads = self._one_by_one if self.form == "list" else self._at_once
+        return self.W_o(heads(X, Z, Mask))  # (b, l_x, h * d_mid) -> (b, l_x, d_out)
 
     def _one_by_one(self, X: Tensor, Z: Tensor, Mask: Tensor | None) -> Tensor:
-        b, l_x, l_z, h = X.shape[0], X.shape[1], Z.shape[1], self.n_heads
-        Masks = [None] * h if Mask is None else Mask.expand(b, h, l_x, l_z).unbind(1)
-        Q, K, V = (
-            [(w, c) for w, c in zip(W.weight.chunk(h), W.bias.chunk(h))]
-            for W in (self.W_q, self.W_k, self.W_v)
-        )
-        Y = [
-            self.attention(
-                F.linear(X, *Q[i]), F.linear(Z, *K[i]), F.linear(Z, *V[i]), Masks[i]
-            )  # (b, l_x, d_mid)
-            for i in range(h)
-        ]
+        if Mask is not None:
+            Mask = Mask.expand(X.shape[0], self.n_heads, X.shape[1], Z.shape[1])
+        Y = []
+        for i in range(self.n_heads):
+            Q = self._project(X, self.W_q, i)  # (b, l_x, d_attn)
+            K = self._project(Z, self.W_k, i)  # (b, l_z, d_attn)
+            V = self._project(Z, self.W_v, i)  # (b, l_z, d_mid)
+            Y.append(attention(Q, K, V, None if Mask is None else Mask[:, i]))  # (b, l_x, d_mid)
         return torch.cat(Y, dim=-1)  # (b, l_x, h * d_mid)
+
+    def _project(self, X: Tensor, W: nn.Linear, i: int) -> Tensor:
+        """X through the rows of W that are head i's."""
+        return F.linear(X, W.weight.chunk(self.n_heads)[i], W.bias.chunk(self.n_heads)[i])
 
     def _at_once(self, X: Tensor, Z: Tensor, Mask: Tensor | None) -> Tensor:
         Q = self._split_heads(self.W_q(X))  # (b, h, l_x, d_attn)
         K = self._split_heads(self.W_k(Z))  # (b, h, l_z, d_attn)
         V = self._split_heads(self.W_v(Z))  # (b, h, l_z, d_mid)
-        Y = self.attention(Q, K, V, Mask)  # (b, h, l_x, d_mid)
+        attend = F.scaled_dot_product_attention if self.form == "fused" else attention
+        Y = attend(Q, K, V, Mask)  # (b, h, l_x, d_mid)
         return Y.transpose(1, 2).flatten(2)  # (b, l_x, h * d_mid)
 
     def _split_heads(self, Y: Tensor) -> Tensor:

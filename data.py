@@ -292,7 +292,7 @@ def load_hub(name: str, config_name: str | None, columns: dict[str, str]) -> dic
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         tables = datasets.load_dataset(name, config_name)
-    except Exception as error:  # the library raises a dozen kinds, and all mean it has none
+    except Exception as error:  # of a dozen kinds, and all mean that it has none
         reason = " ".join(str(error).split())[:300]
         raise BadInput(
             f"--dataset {name}: no file or folder here, not embedded ({', '.join(embedded())}), and "
