@@ -151,7 +151,7 @@ class MHAttention(nn.Module):
     """MHAttention(X, Z | W_q, W_k, W_v, W_o, Mask) = [Y_1; ...; Y_h] W_o, with Y_i of head i.
 
     Source: FA, Algorithms 4 and 5; AIAYN, section 3.2.2.
-    Shapes: X (b, l_x, d_x), Z (b, l_z, d_z), Mask -> (b, h, l_x, l_z) bool; returns (b, l_x, d_out).
+    Shapes: X (b, l_x, d_x), Z (b, l_z, d_z), Mask -> (b, h, l_x, l_z) bool; (b, l_x, d_out) out.
     form: how it is computed, never what. "list" takes one head after the other, as the algorithm is
     written, "matmul" all heads in one product, "fused" leaves `attention` to torch's kernel.
     A row of Mask with no True is not defined: callers keep at least one position visible.
@@ -181,7 +181,8 @@ class MHAttention(nn.Module):
             Q = self._project(X, self.W_q, i)  # (b, l_x, d_attn)
             K = self._project(Z, self.W_k, i)  # (b, l_z, d_attn)
             V = self._project(Z, self.W_v, i)  # (b, l_z, d_mid)
-            Y.append(attention(Q, K, V, None if Mask is None else Mask[:, i]))  # (b, l_x, d_mid)
+            Mask_i = None if Mask is None else Mask[:, i]  # (b, l_x, l_z)
+            Y.append(attention(Q, K, V, Mask_i))  # (b, l_x, d_mid)
         return torch.cat(Y, dim=-1)  # (b, l_x, h * d_mid)
 
     def _project(self, X: Tensor, W: nn.Linear, i: int) -> Tensor:

@@ -292,12 +292,12 @@ def load_hub(name: str, config_name: str | None, columns: dict[str, str]) -> dic
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         tables = datasets.load_dataset(name, config_name)
-    except Exception as error:  # of a dozen kinds, and all mean that it has none
+    except Exception as error:  # a dozen kinds; all mean that it has none
         reason = " ".join(str(error).split())[:300]
         raise BadInput(
             f"--dataset {name}: no file or folder here, not embedded ({', '.join(embedded())}), and "
-            f"not to be had from the Hub ({reason}); check the name, or fetch it on a machine with "
-            f"a network: hf download --repo-type dataset {name}"
+            f"the Hub does not give it ({reason}); check the name, or fetch it on a machine with a "
+            f"network: hf download --repo-type dataset {name}"
         ) from None
     splits = {}
     for split, table in tables.items():

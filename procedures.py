@@ -292,9 +292,11 @@ def train(
         }
         folder.log(event="epoch", **event)
         print(
-            f"epoch {epoch}: {seconds:.1f} s, {log.n_tokens / seconds:,.0f} tokens/s; training "
-            f"loss {event['train_loss']:.4f}, accuracy {event['train_accuracy']:.2%}; validation loss "
-            f"{result.loss:.4f}, accuracy {result.accuracy:.2%}{', the best so far' * better}",
+            f"epoch {epoch}: {seconds:.1f} s, {log.n_tokens / seconds:,.0f} tokens/s; "
+            f"training loss {event['train_loss']:.4f}, accuracy {event['train_accuracy']:.2%}; "
+            f"validation loss {result.loss:.4f}, accuracy {result.accuracy:.2%}"
+            + ", the best so far"
+            * better,
             flush=True,
         )
         if config.average_checkpoints > 1:
