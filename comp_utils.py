@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -174,7 +175,9 @@ class RunFolder:
     its files."""
 
     CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
-    WEIGHTS, CURVES, CONFUSION = "best.safetensors", "curves.png", "confusion.png"
+    WEIGHTS, CURVES = "best.safetensors", "curves.png"
+    CONFUSION, ATTENTION = "confusion.png", "attention.png"
+    HYPOTHESES, REFERENCES = "test.hypotheses.txt", "test.references.txt"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -218,15 +221,7 @@ class RunFolder:
     def create(self) -> None:
         """Makes the folder; of a run that was there before, no file of ours stays."""
         self.path.mkdir(parents=True, exist_ok=True)
-        names = (
-            self.CONFIG,
-            self.TOKENIZER,
-            self.METRICS,
-            self.WEIGHTS,
-            self.CURVES,
-            self.CONFUSION,
-        )
-        for name in names:
+        for name in (value for key, value in vars(RunFolder).items() if key.isupper()):
             (self.path / name).unlink(missing_ok=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
@@ -237,11 +232,16 @@ class RunFolder:
         """tokenizer.json."""
         self._replace(self.TOKENIZER, text)
 
+    def write_lines(self, name: str, lines: list[str]) -> None:
+        """A text file with a line each, for other programs to read."""
+        self._replace(name, "".join(line + "\n" for line in lines))
+
     def read_config(self) -> dict[str, Any]:
         """config.json. Raises BadInput if it is none."""
         try:
             config = json.loads((self.path / self.CONFIG).read_text(encoding="utf-8"))
-            if not isinstance(config["options"], dict) or not isinstance(config["classes"], list):
+            options, classes = config["options"], config["classes"]
+            if not isinstance(options, dict) or not isinstance(classes, list | None):
                 raise TypeError("options or classes have another type")
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{self.path / self.CONFIG}: not written by rhea ({error})") from None
@@ -312,31 +312,29 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind, and by br
 
 
 def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and validation loss by epoch, and beside it each validation score."""
+    """Loss and accuracy of training and validation by epoch, and BLEU where it was reckoned."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     epochs = [m for m in metrics if m["event"] == "epoch"]
     if not epochs:
         return
-    x = [m["epoch"] for m in epochs]
-    marker = "o" if len(x) <= 30 else ""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, names, label in (
-        (left, ("train_loss", "validation_loss"), "loss (nats per target)"),
-        (right, ("train_accuracy", "validation_accuracy"), "accuracy (%)"),
-    ):
-        scale = 100 if axes is right else 1
-        for name, color, style in zip(names, (BLUE, ORANGE), ("--", "-")):
-            y = [scale * m[name] for m in epochs]
-            axes.plot(x, y, style, color=color, marker=marker, label=name.split("_")[0])
-        axes.set(xlabel="epoch", ylabel=label)
+    labels = {"loss": "loss (nats per target)", "accuracy": "accuracy (%)", "bleu": "BLEU"}
+    names = [name for name in labels if any(f"validation_{name}" in m for m in epochs)]
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names):
+        for split, color, style in (("train", BLUE, "--"), ("validation", ORANGE, "-")):
+            points = {m["epoch"]: m.get(f"{split}_{name}") for m in epochs}
+            x = [epoch for epoch, value in points.items() if value is not None]
+            y = [points[epoch] * (100 if name == "accuracy" else 1) for epoch in x]
+            if x:
+                legend = {"train": "training, with dropout", "validation": "validation"}[split]
+                marker = "o" if len(x) <= 30 else ""
+                axes.plot(x, y, style, color=color, marker=marker, label=legend)
+        axes.set(xlabel="epoch", ylabel=labels[name])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
-    best = max(epochs, key=lambda m: m["validation_accuracy"])
-    right.axvline(best["epoch"], color="grey", linewidth=1, zorder=0)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
@@ -363,4 +361,28 @@ def draw_confusion(counts: np.ndarray, names: list[str], path: Path, title: str)
                 j, i, text, ha="center", va="center", color=color, fontsize=10 if n <= 8 else 7
             )
     figure.colorbar(image, label="share of the true class", shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_attention(
+    sentences: list[tuple[list[str], list[str], np.ndarray]], path: Path, title: str
+) -> None:
+    """What each target token took of the source: (source, target, weights[target, source]) each."""
+    from matplotlib.figure import Figure
+
+    longest = max(max(weights.shape) for *_, weights in sentences)
+    n_columns = min(2, len(sentences))
+    n_rows = math.ceil(len(sentences) / n_columns)
+    size = max(4.0, 0.3 * longest + 2)  # inches
+    figure = Figure(figsize=(n_columns * size, n_rows * size), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
+    for axes, (source, target, weights) in zip(panels, sentences):
+        image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(source)), source, rotation=90)
+        axes.set_yticks(range(len(target)), target)
+        axes.set(xlabel="source", ylabel="translation")
+    for axes in panels[len(sentences) :]:
+        axes.remove()
+    figure.colorbar(image, ax=figure.axes, label="attention, mean of the heads", shrink=0.6)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)

@@ -54,38 +54,34 @@ def sinusoids(max_len: int, d_model: int, *, base: float = 10_000.0) -> Tensor:
 
 
 class SinusoidalPositions(nn.Module):
-    """X + PE[0:l]. The table follows from its size, so it is no parameter and in no checkpoint.
-    Source: `sinusoids`.
+    """X + PE[start : start + l]. The table follows from its size, so it is in no checkpoint.
 
     Shapes: X (b, l, d_model), l <= max_len; returns the same.
     """
 
     def __init__(self, max_len: int, d_model: int) -> None:
         super().__init__()
-        self.register_buffer(
-            "PE", sinusoids(max_len, d_model).to(torch.get_default_dtype()), persistent=False
-        )
+        PE = sinusoids(max_len, d_model).to(torch.get_default_dtype())
+        self.register_buffer("PE", PE, persistent=False)
 
-    def forward(self, X: Tensor) -> Tensor:
-        return X + self.PE[: X.shape[1]]
+    def forward(self, X: Tensor, start: int = 0) -> Tensor:
+        return X + self.PE[start : start + X.shape[1]]
 
 
 class LearnedPositions(nn.Module):
-    """X + W_p[0:l]: one learned row for each position. Source: FA, Algorithm 2; AIAYN, Table 3 row
-    E.
+    """X + W_p[start : start + l]: one learned row for each position.
 
+    Source: FA, Algorithm 2; AIAYN, Table 3, row E.
     Shapes: X (b, l, d_model), l <= max_len; returns the same.
     """
 
     def __init__(self, max_len: int, d_model: int) -> None:
         super().__init__()
         self.W_p = nn.Parameter(torch.empty(max_len, d_model))
-        nn.init.normal_(
-            self.W_p, std=0.02
-        )  # small beside the embedding: at first tokens count, not places
+        nn.init.normal_(self.W_p, std=0.02)  # small beside the embedding: tokens count at first
 
-    def forward(self, X: Tensor) -> Tensor:
-        return X + self.W_p[: X.shape[1]]
+    def forward(self, X: Tensor, start: int = 0) -> Tensor:
+        return X + self.W_p[start : start + X.shape[1]]
 
 
 POSITIONS = {"sinusoidal": SinusoidalPositions, "learned": LearnedPositions}
@@ -170,35 +166,37 @@ class MHAttention(nn.Module):
             init_linear(W)
 
     def forward(self, X: Tensor, Z: Tensor, Mask: Tensor | None = None) -> Tensor:
-        heads = self._one_by_one if self.form == "list" else self._at_once
-        return self.W_o(heads(X, Z, Mask))  # (b, l_x, h * d_mid) -> (b, l_x, d_out)
+        return self.attend(X, *self.keys_values(Z), Mask)
 
-    def _one_by_one(self, X: Tensor, Z: Tensor, Mask: Tensor | None) -> Tensor:
-        if Mask is not None:
-            Mask = Mask.expand(X.shape[0], self.n_heads, X.shape[1], Z.shape[1])
-        Y = []
-        for i in range(self.n_heads):
-            Q = self._project(X, self.W_q, i)  # (b, l_x, d_attn)
-            K = self._project(Z, self.W_k, i)  # (b, l_z, d_attn)
-            V = self._project(Z, self.W_v, i)  # (b, l_z, d_mid)
-            Mask_i = None if Mask is None else Mask[:, i]  # (b, l_x, l_z)
-            Y.append(attention(Q, K, V, Mask_i))  # (b, l_x, d_mid)
-        return torch.cat(Y, dim=-1)  # (b, l_x, h * d_mid)
+    def keys_values(self, Z: Tensor) -> tuple[Tensor, Tensor]:
+        """K (b, h, l_z, d_attn) and V (b, h, l_z, d_mid) of a context, which decoding keeps."""
+        return self._project(Z, self.W_k), self._project(Z, self.W_v)
 
-    def _project(self, X: Tensor, W: nn.Linear, i: int) -> Tensor:
-        """X through the rows of W that are head i's."""
-        return F.linear(X, W.weight.chunk(self.n_heads)[i], W.bias.chunk(self.n_heads)[i])
+    def attend(self, X: Tensor, K: Tensor, V: Tensor, Mask: Tensor | None = None) -> Tensor:
+        """MHAttention from X to a context whose keys and values are there already."""
+        Q = self._project(X, self.W_q)  # (b, h, l_x, d_attn)
+        if self.form == "fused":
+            Y = F.scaled_dot_product_attention(Q, K, V, Mask)
+        elif self.form == "matmul":
+            Y = attention(Q, K, V, Mask)
+        else:
+            Masks = [None] * self.n_heads
+            if Mask is not None:
+                Masks = Mask.expand(*Q.shape[:3], K.shape[2]).unbind(1)  # each (b, l_x, l_z)
+            heads = zip(Q.unbind(1), K.unbind(1), V.unbind(1), Masks)
+            Y = torch.stack([attention(*head) for head in heads], dim=1)
+        return self.W_o(Y.transpose(1, 2).flatten(2))  # (b, h, l_x, d_mid) -> (b, l_x, d_out)
 
-    def _at_once(self, X: Tensor, Z: Tensor, Mask: Tensor | None) -> Tensor:
-        Q = self._split_heads(self.W_q(X))  # (b, h, l_x, d_attn)
-        K = self._split_heads(self.W_k(Z))  # (b, h, l_z, d_attn)
-        V = self._split_heads(self.W_v(Z))  # (b, h, l_z, d_mid)
-        attend = F.scaled_dot_product_attention if self.form == "fused" else attention
-        Y = attend(Q, K, V, Mask)  # (b, h, l_x, d_mid)
-        return Y.transpose(1, 2).flatten(2)  # (b, l_x, h * d_mid)
+    def weights(self, X: Tensor, Z: Tensor, Mask: Tensor | None = None) -> Tensor:
+        """How much each position of X takes of each position of Z: (b, h, l_x, l_z)."""
+        return attention_weights(self._project(X, self.W_q), self._project(Z, self.W_k), Mask)
 
-    def _split_heads(self, Y: Tensor) -> Tensor:
-        return Y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (b, l, h * d) -> (b, h, l, d)
+    def _project(self, X: Tensor, W: nn.Linear) -> Tensor:
+        """(b, l, d) -> (b, h, l, d_attn or d_mid): W holds the rows of head 1, then of head 2, …"""
+        if self.form == "list":
+            heads = zip(W.weight.chunk(self.n_heads), W.bias.chunk(self.n_heads))
+            return torch.stack([F.linear(X, w, c) for w, c in heads], dim=1)
+        return W(X).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------------------- layers

@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -37,9 +38,9 @@ class DataConfig:
     dataset_config: str | None = option(
         None, "configuration of a Hub data set", unset="its only one"
     )
-    task: str = option("classification", "what to learn", choices=("classification",))
-    source_column: str = option("text", "column of the sentences; a.b is field b inside a")
-    target_column: str = option("label", "column of the labels")
+    task: str = option("classification", "what to learn", choices=("classification", "translation"))
+    source_column: str = option("text", "column, or ending of parallel files; a.b: field b in a")
+    target_column: str = option("label", "the same for the labels or translations")
     max_length: int = option(256, "most tokens of a sentence, its end token included", low=2)
     batch_size: int | None = option(
         None, "sentences per process and micro-batch", low=1, unset="see --batch-tokens"
@@ -139,6 +140,21 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise BadInput(f"{path}: not a whole parquet file ({reason}); make it again") from None
 
 
+def read_parallel(source: Path, target: Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of two text files of which line n of one translates line n of the other.
+
+    Raises BadInput if one of them has more lines.
+    """
+    names = [file_format(path)[1:] for path in (source, target)]
+    pairs = zip_longest(read_lines(source), read_lines(target))
+    for number, pair in enumerate(pairs, 1):
+        if None in pair:
+            n, m = (sum(1 for _ in read_lines(path)) for path in (source, target))
+            remedy = "line n of one must translate line n of the other; mend them"
+            raise BadInput(f"{source} has {n} lines and {target} has {m}: {remedy}")
+        yield f"{source}, line {number}", dict(zip(names, (line for _, line in pair)))
+
+
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".csv": lambda path: read_delimited(path, ","),
     ".tsv": lambda path: read_delimited(path, "\t"),
@@ -163,21 +179,37 @@ def split_of(path: Path) -> str | None:
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 
-def find_files(path: Path) -> dict[str, list[Path]]:
-    """The data files of a file or folder, by split; all under "train" if no name tells a split."""
+def find_files(path: Path, columns: dict[str, str]) -> dict[str, list[tuple[Path, ...]]]:
+    """The data files of a file or folder, by split; all under "train" if no name tells a split.
+
+    A file stands alone, or in a pair if the two columns are the endings of parallel files.
+    """
     if path.is_file() and file_format(path) not in READERS:
         raise BadInput(f"--dataset {path}: no data file; its name must end in one of {FORMATS}")
     if path.is_file():
-        return {"train": [path]}
-    by_split: dict[str | None, list[Path]] = {}
+        return {"train": [(path,)]}
+    sides = ["." + columns[key] for key in ("source_column", "target_column")]
+    found: dict[Path, list[Path]] = {}  # by the name without the ending of a side
     for file in sorted(path.rglob("*")):
-        inner = file.relative_to(path)
-        if file.is_file() and file_format(file) in READERS and not str(inner).startswith("."):
-            by_split.setdefault(split_of(inner), []).append(file)
+        form, inner = file_format(file), file.relative_to(path)
+        if file.is_file() and not str(inner).startswith(".") and form in (*READERS, *sides):
+            key = inner if form in READERS else inner.with_name(inner.name.partition(form)[0])
+            found.setdefault(key, []).append(file)
+    by_split: dict[str | None, list[tuple[Path, ...]]] = {}
+    for key, files in found.items():
+        if file_format(files[0]) in sides:
+            files = [file for side in sides for file in files if file_format(file) == side]
+            if len(files) != 2:
+                both = " and ".join(str(key) + side for side in sides)
+                raise BadInput(f"--dataset {path}: only {files[0].name}; there must be {both}")
+        by_split.setdefault(split_of(key), []).append(tuple(files))
     if not by_split:
-        raise BadInput(f"--dataset {path}: a folder without any data file ({FORMATS}); add one")
+        raise BadInput(
+            f"--dataset {path}: a folder without any data file ({FORMATS}, or text files that end "
+            f"in {' and '.join(sides)}); add one, or name --source-column and --target-column"
+        )
     if None in by_split and len(by_split) > 1:
-        odd = ", ".join(file.name for file in by_split[None])
+        odd = ", ".join(file.name for files in by_split[None] for file in files)
         raise BadInput(f"--dataset {path}: {odd}: begin the name with train, validation or test")
     return {split or "train": files for split, files in by_split.items()}
 
@@ -203,10 +235,9 @@ def column_names(row: Row) -> list[str]:
 
 
 def select(
-    rows: Iterable[tuple[str, Row]], source_column: str, target_column: str
+    rows: Iterable[tuple[str, Row]], source_column: str, target_column: str, task: str
 ) -> Iterator[dict[str, str]]:
-    """The two columns of each row as text. An absent sentence is empty, an absent label an
-    error."""
+    """The two columns of each row as text. A missing sentence is empty, a missing label refused."""
     for place, row in rows:
         selected = {}
         for side, name in (("source", source_column), ("target", target_column)):
@@ -220,32 +251,30 @@ def select(
             if not text.isascii() and re.search("[\ud800-\udfff]", text):
                 raise BadInput(f"{place}: half of a surrogate pair, which is no character; mend it")
             selected[side] = text
-        if not selected["target"]:
+        if task == "classification" and not selected["target"]:
             raise BadInput(f"{place}: the column {target_column} is empty; fill it or drop the row")
         yield selected
 
 
-def read_files(
-    files: list[str], source_column: str, target_column: str
-) -> Iterator[dict[str, str]]:
+def read_files(files: list[list[str]], **columns: str) -> Iterator[dict[str, str]]:
     """The two columns of all rows of several files. Raises BadInput if there is no row."""
     empty = True
-    for name in files:
-        rows = READERS[file_format(Path(name))](Path(name))
-        for row in select(rows, source_column, target_column):
+    for names in files:
+        paths = [Path(name) for name in names]
+        rows = READERS[file_format(paths[0])](*paths) if len(paths) == 1 else read_parallel(*paths)
+        for row in select(rows, **columns):
             empty = False
             yield row
     if empty:
-        raise BadInput(f"{', '.join(files)}: no rows; fill the file or take it away")
+        names = ", ".join(name for names in files for name in names)
+        raise BadInput(f"{names}: no rows; fill the file or take it away")
 
 
-def read_table(
-    table: "Dataset", name: str, source_column: str, target_column: str
-) -> Iterator[dict[str, str]]:
+def read_table(table: "Dataset", name: str, **columns: str) -> Iterator[dict[str, str]]:
     """The two columns of a table of the Hub, a class's name in place of its number."""
-    label = table.features.get(target_column)
+    label = table.features.get(columns["target_column"])
     rows = ((f"{name}, row {i}", row) for i, row in enumerate(table, 1))
-    for row in select(rows, source_column, target_column):
+    for row in select(rows, **columns):
         if hasattr(label, "int2str"):
             row["target"] = label.int2str(int(row["target"]))
         yield row
@@ -270,13 +299,13 @@ def to_arrow(
 def load_files(path: Path, columns: dict[str, str]) -> dict[str, "Dataset"]:
     """The splits of a file or folder. A changed file is read anew; one that was moved is not."""
     splits = {}
-    for split, files in find_files(path).items():
+    for split, files in find_files(path, columns).items():
         contents = []
-        for file in files:
+        for file in (file for pair in files for file in pair):
             with open(file, "rb") as content:
                 checksum = hashlib.file_digest(content, "sha256").hexdigest()
                 contents.append([checksum, file_format(file)])
-        arguments = {"files": [str(file) for file in files], **columns}
+        arguments = {"files": [[str(file) for file in pair] for pair in files], **columns}
         splits[split] = to_arrow(read_files, arguments, digest(contents, columns))
     return splits
 
@@ -294,10 +323,11 @@ def load_hub(name: str, config_name: str | None, columns: dict[str, str]) -> dic
         tables = datasets.load_dataset(name, config_name)
     except Exception as error:  # a dozen kinds; all mean that it has none
         reason = " ".join(str(error).split())[:300]
+        known = ", ".join(embedded())
         raise BadInput(
-            f"--dataset {name}: no file or folder here, not embedded ({', '.join(embedded())}), and "
-            f"the Hub does not give it ({reason}); check the name, or fetch it on a machine with a "
-            f"network: hf download --repo-type dataset {name}"
+            f"--dataset {name}: no file or folder here, not embedded (as {known} is), and the Hub "
+            f"does not give it ({reason}); check the name, or fetch it where there is a network: "
+            f"hf download --repo-type dataset {name}"
         ) from None
     splits = {}
     for split, table in tables.items():
@@ -353,7 +383,7 @@ def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> dict[str,
 
     datasets.disable_progress_bars()
     name = config.dataset
-    columns = {"source_column": config.source_column, "target_column": config.target_column}
+    columns = {key: getattr(config, key) for key in ("source_column", "target_column", "task")}
     path = ASSETS / name if name in embedded() else Path(name).expanduser()
     # A folder with a card is laid out like one of the Hub: the card says which file is which split.
     if path.is_file() or (path.is_dir() and not (path / "README.md").is_file()):
@@ -502,12 +532,13 @@ def trains_tokenizer(config: TokenizerConfig, dataset: str) -> bool:
     return config.train_tokenizer or not (config.tokenizer or shipped_tokenizer(dataset).is_file())
 
 
-def get_tokenizer(config: TokenizerConfig, dataset: str, train: "Dataset") -> TextCodec:
-    """The tokenizer asked for; else that of an embedded data set; else one trained on train."""
+def get_tokenizer(
+    config: TokenizerConfig, dataset: str, train: "Dataset", columns: Sequence[str]
+) -> TextCodec:
+    """The tokenizer asked for; else that of an embedded data set; else one trained on columns."""
     if trains_tokenizer(config, dataset):
-        return train_tokenizer(
-            (text for rows in train.iter(1000) for text in rows["source"]), config
-        )
+        texts = (text for rows in train.iter(1000) for name in columns for text in rows[name])
+        return train_tokenizer(texts, config)
     return read_tokenizer(config.tokenizer or str(shipped_tokenizer(dataset)))
 
 
@@ -575,54 +606,78 @@ class TextData:
     """Splits as ids, and batches of them.
 
     Ids are kept on disk and memory-mapped, so memory grows by the lengths alone, 16 bytes a row.
+    classes: the names of the labels; None for translation, where the target is text as well.
     """
 
     def __init__(
-        self, config: DataConfig, splits: dict[str, "Dataset"], classes: list[str], codec: TextCodec
+        self,
+        config: DataConfig,
+        splits: dict[str, "Dataset"],
+        codec: TextCodec,
+        classes: list[str] | None,
     ) -> None:
-        self.config, self.classes, self.codec = config, classes, codec
+        self.config, self.texts, self.codec, self.classes = config, splits, codec, classes
+        self.pad_to = (config.pad_to, 0 if classes else config.pad_to)  # of source, of target
         self.fingerprint = digest({split: texts._fingerprint for split, texts in splits.items()})
         self.rows = {split: self._encode(split, texts) for split, texts in splits.items()}
         self.lengths = {split: self._lengths(rows) for split, rows in self.rows.items()}
 
     def _encode(self, split: str, texts: "Dataset") -> "Dataset":
-        codec, max_length = self.codec, self.config.max_length
-        class_ids = {name: i for i, name in enumerate(self.classes)}
-        for name in texts.unique("target"):
-            if name not in class_ids:
-                known = ", ".join(self.classes[:20])
+        codec, classes, longest = self.codec, self.classes, self.config.max_length
+        for name in texts.unique("target") if classes else []:
+            if name not in classes:
+                known = ", ".join(classes[:20])
                 raise BadInput(f"label {name} of the {split} split: training has only {known}")
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list]:
             src = codec.encode(batch["source"])
+            tgt = [] if classes else codec.encode(batch["target"])
+            labels = [[classes.index(name)] for name in batch["target"]] if classes else []
             return {
-                "src": [ids[: max_length - 1] + [codec.eos_id] for ids in src],
-                "tgt": [[class_ids[name]] for name in batch["target"]],
+                "src": [ids[: longest - 1] + [codec.eos_id] for ids in src],
+                "tgt": labels or [ids[: longest - 1] + [codec.eos_id] for ids in tgt],
                 "n_src": [len(ids) + 1 for ids in src],
-                "n_unknown": [ids.count(codec.unk_id) for ids in src],
+                "n_tgt": [1 for _ in labels] or [len(ids) + 1 for ids in tgt],
+                "n_unknown": [
+                    sum(ids.count(codec.unk_id) for ids in pair)
+                    for pair in zip_longest(src, tgt, fillvalue=())
+                ],
             }
 
-        tokenizer = codec.tokenizer.to_str()
-        key = digest(texts._fingerprint, tokenizer, self.config.task, max_length, self.classes)
+        key = digest(texts._fingerprint, codec.tokenizer.to_str(), longest, classes)
         names = texts.column_names
         return texts.map(encode, batched=True, remove_columns=names, new_fingerprint=key)
 
     def _lengths(self, rows: "Dataset") -> np.ndarray:
-        n_src = np.minimum(rows.data.column("n_src").to_numpy(), self.config.max_length)
-        return np.stack((n_src, np.ones_like(n_src)), axis=1)  # (n, 2)
+        """(n, 2) tokens of source and target before any cut, end tokens included."""
+        return np.stack([rows.data.column(name).to_numpy() for name in ("n_src", "n_tgt")], axis=1)
+
+    def usable(self, split: str) -> np.ndarray:
+        """The row numbers that take part. A pair with an empty or a cut side would teach a model to
+        leave out, so training does without it; validation and test have every sentence."""
+        lengths = self.lengths[split]
+        if split != "train" or self.classes:
+            return np.arange(len(lengths))
+        complete = (lengths <= self.config.max_length).all(axis=1) & (lengths > 1).all(axis=1)
+        return np.flatnonzero(complete)
 
     def plan(self, split: str, *, seed: int = 0, epoch: int = 0) -> list[np.ndarray]:
         """The micro-batches of one epoch; training counts epochs from 1."""
         size, tokens = self.config.batch_size, self.config.batch_tokens
-        lengths = self.lengths[split]
-        return plan_epoch(lengths, batch_size=size, batch_tokens=tokens, seed=seed, epoch=epoch)
+        rows = self.usable(split)
+        lengths = np.minimum(self.lengths[split][rows], self.config.max_length)
+        lengths = np.maximum(lengths, self.pad_to)
+        plan = plan_epoch(lengths, batch_size=size, batch_tokens=tokens, seed=seed, epoch=epoch)
+        return [rows[batch] for batch in plan]
 
     def padding_share(self, split: str, plan: list[np.ndarray]) -> float:
-        """Share of the source positions of a plan that hold no token."""
-        n_src = self.lengths[split][:, 0]
-        n_tokens = sum(int(n_src[rows].sum()) for rows in plan)
-        widths = (max(self.config.pad_to, int(n_src[rows].max())) for rows in plan)
-        return 1 - n_tokens / sum(len(rows) * width for rows, width in zip(plan, widths))
+        """Share of the positions of a plan, source and target, that hold no token."""
+        n_tokens = n_positions = 0
+        for rows in plan:
+            lengths = np.minimum(self.lengths[split][rows], self.config.max_length)
+            n_tokens += int(lengths.sum())
+            n_positions += len(rows) * int(np.maximum(lengths.max(axis=0), self.pad_to).sum())
+        return 1 - n_tokens / n_positions
 
     def plan_fingerprint(self, seed: int) -> str:
         """Two runs that show the same one train on the same ids in the same batches."""
@@ -630,14 +685,15 @@ class TextData:
         return digest(self.rows["train"]._fingerprint, self.config.pad_to, plan)
 
     def report(self, split: str) -> str:
-        """One line of counts, so that nothing is cut in silence."""
-        columns, longest = self.rows[split].data, self.config.max_length
-        n_src = columns.column("n_src").to_numpy()
-        n_unknown = columns.column("n_unknown").to_numpy().sum()
+        """One line of counts, so that nothing is cut or left out in silence."""
+        lengths, longest = self.lengths[split], self.config.max_length
+        n_unknown = self.rows[split].data.column("n_unknown").to_numpy().sum()
+        n_empty = (lengths == 1)[:, : 1 if self.classes else 2].any(axis=1).sum()
+        n_long = (lengths > longest).any(axis=1).sum()
+        fate = "left out" if len(self.usable(split)) < len(lengths) else "cut"
         return (
-            f"{split}: {len(n_src):,} sentences, {self.lengths[split][:, 0].sum():,} tokens; "
-            f"{(n_src == 1).sum():,} empty, {(n_src > longest).sum():,} over {longest} tokens and "
-            f"cut, {n_unknown:,} unknown tokens, "
+            f"{split}: {len(lengths):,} sentences, {lengths.sum():,} tokens; {n_empty:,} empty, "
+            f"{n_long:,} over {longest} tokens and {fate}, {n_unknown:,} unknown tokens, "
             f"{self.padding_share(split, self.plan(split)):.1%} padding"
         )
 
@@ -654,9 +710,14 @@ class TextData:
         return (batch.to(device) for batch in loader)
 
     def collate(self, rows: list[Row]) -> Batch:
-        """Puts rows together as one batch: the sentence, the start token, the class."""
-        src = pad([row["src"] for row in rows], self.codec.pad_id, self.config.pad_to)
-        tgt_out = pad([row["tgt"] for row in rows], NO_TARGET)  # (b, 1)
-        tgt_in = torch.full_like(tgt_out, self.codec.bos_id)
-        n_tokens = sum(len(row["src"]) for row in rows) + len(rows)
-        return Batch(src, tgt_in, tgt_out, n_targets=len(rows), n_tokens=n_tokens)
+        """Puts rows together as one batch. Of a class the decoder sees the start token alone."""
+        bos_id, pad_id, (src_width, tgt_width) = self.codec.bos_id, self.codec.pad_id, self.pad_to
+        src, tgt = [row["src"] for row in rows], [row["tgt"] for row in rows]
+        n_targets = sum(map(len, tgt))
+        return Batch(
+            src=pad(src, pad_id, src_width),
+            tgt_in=pad([[bos_id] + ids[:-1] for ids in tgt], pad_id, tgt_width),
+            tgt_out=pad(tgt, NO_TARGET, tgt_width),
+            n_targets=n_targets,
+            n_tokens=sum(map(len, src)) + n_targets,
+        )

@@ -1,28 +1,32 @@
 """The command line, and one run: options, data, model, training, test.
 
-python main.py                 trains and tests a Transformer on the embedded reviews, on the best
-device python main.py --help          every option, with its unit and default
+python main.py           trains and tests a Transformer on the embedded reviews, on the best device
+python main.py --help    every option, with its unit and default
 """
 
 import argparse
 import difflib
+import math
 import os
 import statistics
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from comp_utils import (
     BadInput,
     RunFailed,
     RunFolder,
     allowed,
+    draw_attention,
     draw_confusion,
     draw_curves,
     flag,
@@ -44,8 +48,18 @@ from data import (
     read_tokenizer,
     trains_tokenizer,
 )
-from models import SIZES, ModelConfig, TransformerClassifier, count_parameters
-from procedures import TrainingConfig, classify, evaluate, paper_lr, train
+from models import SIZES, ModelConfig, Transformer, TransformerClassifier, count_parameters
+from procedures import (
+    EXTRA_LENGTH,
+    DecodingConfig,
+    Predictor,
+    TrainingConfig,
+    evaluate,
+    in_words,
+    paper_lr,
+    train,
+    translation_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class UseConfig:
 
     test_only: bool = option(False, "test the model of --run-dir again")
     predict: str | None = option(
-        None, "classify each line of a file, or of standard input (-), with the model of --run-dir"
+        None, "file, or - for standard input, of which each line is classified or translated"
     )
 
 
@@ -92,7 +106,7 @@ GROUPS = {
     "tokenizer": (TokenizerConfig,),
     "model": (SizeConfig, ModelConfig),
     "training": (TrainingConfig,),
-    "use": (UseConfig,),
+    "use": (UseConfig, DecodingConfig),
 }
 
 # The best settings known for an embedded data set, found on its training and validation splits.
@@ -110,19 +124,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup_steps": 200,
         "weight_decay": 0.01,
     },
+    "libreoffice_help": {
+        "task": "translation",
+        "source_column": "en",
+        "target_column": "de",
+        "batch_tokens": 2048,
+        "model": "tiny",
+        "epochs": 12,
+        "warmup_steps": 1000,
+        "average_checkpoints": 3,
+    },
 }
-RECIPE_OF_TASK = {"classification": "rotten_tomatoes"}
+RECIPE_OF_TASK = {RECIPES[name]["task"]: name for name in reversed(RECIPES)}
 
 # What may be said anew when a trained model is used; everything else is the run's own.
-FREE_IN_USE = {
-    "run_dir",
-    "device",
-    "precision",
-    "num_workers",
-    "batch_size",
-    "test_only",
-    "predict",
-}
+FREE_IN_USE = {"run_dir", "device", "precision", "num_workers", "batch_size"}
+FREE_IN_USE |= {f.name for config in (UseConfig, DecodingConfig) for f in fields(config)}
 FREE_IN_TEST = {"dataset", "dataset_config", "source_column", "target_column"}
 
 
@@ -204,7 +221,7 @@ def resolve(given: dict[str, Any]) -> SimpleNamespace:
     defaults = {name: f.default for name, f in option_fields().items()}
     dataset = given.get("dataset", defaults["dataset"])
     task = given.get("task", RECIPES.get(dataset, {}).get("task", defaults["task"]))
-    recipe = dict(RECIPES.get(dataset) or RECIPES[RECIPE_OF_TASK.get(task, "rotten_tomatoes")])
+    recipe = dict(RECIPES.get(dataset) or RECIPES[RECIPE_OF_TASK.get(task, defaults["dataset"])])
     if "model" in given:  # a size asked for by name is that size whole, not with a recipe's changes
         recipe = {k: v for k, v in recipe.items() if k not in asdict(ModelConfig())}
     if "batch_size" in given or "batch_tokens" in given:
@@ -249,14 +266,34 @@ def check(options: SimpleNamespace, given: dict[str, Any], *questions: Callable[
 # -------------------------------------------------------------------------------------------- a run
 
 
-def build_model(options: SimpleNamespace, codec: TextCodec, n_classes: int) -> nn.Module:
+def build_model(
+    options: SimpleNamespace, codec: TextCodec, classes: list[str] | None
+) -> Transformer | TransformerClassifier:
     """The model that the options describe, with fresh weights."""
-    return TransformerClassifier(
-        part(ModelConfig, options),
-        n_vocab=codec.n_vocab,
-        n_classes=n_classes,
-        max_len=max(options.max_length, options.pad_to),
-        pad_id=codec.pad_id,
+    sizes = {"n_vocab": codec.n_vocab, "pad_id": codec.pad_id}
+    sizes["max_len"] = max(options.max_length, options.pad_to) + EXTRA_LENGTH
+    if classes is None:
+        return Transformer(part(ModelConfig, options), **sizes)
+    return TransformerClassifier(part(ModelConfig, options), n_classes=len(classes), **sizes)
+
+
+def predictor_of(
+    options: SimpleNamespace,
+    model: nn.Module,
+    codec: TextCodec,
+    classes: list[str] | None,
+    device: torch.device,
+) -> Predictor:
+    """The model, ready to answer texts as the options say."""
+    return Predictor(
+        model,
+        codec,
+        classes,
+        max_length=options.max_length,
+        batch_size=options.batch_size or 64,
+        search=part(DecodingConfig, options),
+        device=device,
+        precision=options.precision,
     )
 
 
@@ -271,10 +308,13 @@ def train_and_test(given: dict[str, Any]) -> None:
     )
     set_seed(options.seed)
     splits = load_splits(part(DataConfig, options))
-    classes = class_names(splits)
-    codec = get_tokenizer(part(TokenizerConfig, options), options.dataset, splits["train"])
-    data = TextData(part(DataConfig, options), splits, classes, codec)
-    model = build_model(options, codec, len(classes)).to(device)
+    classifies = options.task == "classification"
+    classes = class_names(splits) if classifies else None
+    columns = ["source"] if classifies else ["source", "target"]
+    tokenizer = part(TokenizerConfig, options)
+    codec = get_tokenizer(tokenizer, options.dataset, splits["train"], columns)
+    data = TextData(part(DataConfig, options), splits, codec, classes)
+    model = build_model(options, codec, classes).to(device)
     facts = {
         "classes": classes,
         "parameters": count_parameters(model),
@@ -286,10 +326,11 @@ def train_and_test(given: dict[str, Any]) -> None:
     folder.create()
     folder.write_tokenizer(codec.tokenizer.to_str(pretty=True))
     folder.write_config({"options": vars(options), **facts})
+    targets = ", ".join(classes[:10]) if classes else options.target_column
     print(
         f"{facts['device_name']} ({device.type}), {facts['threads']} threads, "
         f"torch {facts['torch']}, {options.precision}\n"
-        f"{options.dataset}, {len(classes)} classes: {', '.join(classes[:10])}"
+        f"{options.task}, {options.dataset}: {options.source_column} -> {targets}"
     )
     for split in data.rows:
         print("  " + data.report(split))
@@ -298,6 +339,7 @@ def train_and_test(given: dict[str, Any]) -> None:
         f"batch plan {facts['plan_fingerprint']}; run folder {folder.path}",
         flush=True,
     )
+    predictor = predictor_of(options, model, codec, classes, device)
     try:
         train(
             model,
@@ -308,11 +350,12 @@ def train_and_test(given: dict[str, Any]) -> None:
             precision=options.precision,
             seed=options.seed,
             compiled=options.compile,
+            inspect=partial(inspect, predictor, data, options.epochs),
         )
     finally:  # a run that was stopped is worth looking at too
         title = f"{options.dataset}, {facts['parameters'] / 1e6:.1f} M parameters"
         draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
-    test(model, data, folder, device, options.precision)
+    test(predictor, data, folder)
     seconds = [m["seconds"] for m in folder.read_metrics() if m["event"] == "epoch"]
     print(
         f"one training epoch: {statistics.median(seconds):.2f} s, the median of {len(seconds)} "
@@ -320,20 +363,49 @@ def train_and_test(given: dict[str, Any]) -> None:
     )
 
 
-def test(
-    model: nn.Module, data: TextData, folder: RunFolder, device: torch.device, precision: str
-) -> None:
-    """The test split: numbers to the screen and metrics.jsonl, the confusions drawn."""
-    result = evaluate(model, data, "test", device=device, precision=precision)
-    scores = {"loss": result.loss, "accuracy": result.accuracy, "macro_f1": result.macro_f1}
-    name, n = data.config.dataset, result.n_sentences
+def inspect(predictor: Predictor, data: TextData, n_epochs: int, epoch: int) -> dict[str, float]:
+    """Shows two validation sentences translated; ten times in a run, BLEU by greedy search."""
+    if data.classes:
+        return {}
+    scored = epoch % math.ceil(n_epochs / 10) == 0 or epoch == n_epochs
+    rows = data.texts["validation"][: None if scored else 2]
+    search = replace(predictor.search, beam_size=1)
+    answers = replace(predictor, search=search).answers(rows["source"])
+    hypotheses = [answer[0] if answer else "" for answer in answers]
+    for source, reference, hypothesis in list(zip(rows["source"], rows["target"], hypotheses))[:2]:
+        print(f"  source      {source}\n  reference   {reference}\n  hypothesis  {hypothesis}")
+    return {"bleu": translation_scores(hypotheses, rows["target"])["bleu"]} if scored else {}
+
+
+def test(predictor: Predictor, data: TextData, folder: RunFolder) -> None:
+    """The test split: scores to the screen and metrics.jsonl, and a picture."""
+    name, device, precision = data.config.dataset, predictor.device, predictor.precision
+    result = evaluate(predictor.model, data, "test", device=device, precision=precision)
+    scores = result.scores
+    if data.classes:
+        title = f"{name}, test split: accuracy {result.accuracy:.2%}"
+        draw_confusion(result.confusion, data.classes, folder.path / folder.CONFUSION, title)
+    else:
+        scores |= test_translations(predictor, data, folder)
+    n = len(data.texts["test"])
     folder.log(event="test", dataset=name, sentences=n, **scores)
-    title = f"{name}, test split: accuracy {result.accuracy:.2%}"
-    draw_confusion(result.confusion, data.classes, folder.path / folder.CONFUSION, title)
-    print(
-        f"test: accuracy {result.accuracy:.2%}, macro-F1 {result.macro_f1:.4f}, "
-        f"loss {result.loss:.4f}, {n:,} sentences"
-    )
+    print(f"test of {n:,} sentences: {in_words(scores)}")
+
+
+def test_translations(predictor: Predictor, data: TextData, folder: RunFolder) -> dict[str, Any]:
+    """Translates the test split, writes it down, draws what the model looked at, and scores it."""
+    rows = data.texts["test"][:]
+    hypotheses = [answer[0] if answer else "" for answer in predictor.answers(rows["source"])]
+    folder.write_lines(folder.HYPOTHESES, hypotheses)
+    folder.write_lines(folder.REFERENCES, rows["target"])
+    # Sentences long enough to be of interest, and short enough to be read.
+    fit = [i for i, n in enumerate(data.lengths["test"].max(axis=1)) if 8 <= n <= 24][:4]
+    if fit:
+        drawn = [predictor.attention(rows["source"][i], hypotheses[i]) for i in fit]
+        title = f"{data.config.dataset}, test split, last decoder layer"
+        draw_attention(drawn, folder.path / folder.ATTENTION, title)
+    scores = translation_scores(hypotheses, rows["target"])
+    return {"beam_size": predictor.search.beam_size, **scores}
 
 
 # ---------------------------------------------------------------------------------- a trained model
@@ -356,29 +428,28 @@ def use(given: dict[str, Any]) -> None:
     if fixed:
         raise BadInput(*fixed)
     (device,) = check(options, {}, lambda: pick_device(options.device, options.precision))
-    codec = read_tokenizer(str(folder.path / folder.TOKENIZER))
-    model = build_model(options, codec, len(config["classes"])).to(device)
+    codec, classes = read_tokenizer(str(folder.path / folder.TOKENIZER)), config["classes"]
+    model = build_model(options, codec, classes).to(device)
     folder.load_weights(model, device)
+    predictor = predictor_of(options, model, codec, classes, device)
     if testing:
         data_config = part(DataConfig, options)
-        data = TextData(data_config, load_splits(data_config, ["test"]), config["classes"], codec)
+        data = TextData(data_config, load_splits(data_config, ["test"]), codec, classes)
         print(data.report("test"))
-        test(model, data, folder, device, options.precision)
+        test(predictor, data, folder)
     else:
-        predict(model, codec, config["classes"], options, device)
+        predict(predictor, options.predict)
 
 
 def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
-    """The options in a run's config.json. Raises BadInput if they are not what this version
-    writes."""
+    """The options in a run's config.json. Raises BadInput if this version does not write such."""
     saved, known = config["options"], option_fields()
     wrong = sorted(saved.keys() ^ known.keys())
     for name in saved.keys() & known.keys():
-        kind = kind_of(known[name])
+        kind, value = kind_of(known[name]), saved[name]
         fits = (int, float) if kind is float else kind
-        if saved[name] is None:
-            fits = type(None) if known[name].default is None else ()
-        if not isinstance(saved[name], fits) or (kind is not bool and saved[name] is True):
+        unset = value is None and known[name].default is None
+        if not unset and (not isinstance(value, fits) or isinstance(value, bool) != (kind is bool)):
             wrong.append(name)
     if wrong:
         raise BadInput(
@@ -388,42 +459,23 @@ def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "test_only": False, "predict": None}
 
 
-def predict(
-    model: nn.Module,
-    codec: TextCodec,
-    classes: list[str],
-    options: SimpleNamespace,
-    device: torch.device,
-) -> None:
-    """label<TAB>probability for each line, in order; an empty line for an empty one."""
-    lines = (line.rstrip("\r\n") for _, line in read_lines(options.predict))
-    answers = classify(
-        model,
-        codec,
-        lines,
-        max_length=options.max_length,
-        batch_size=options.batch_size or 64,
-        # A person who types waits for each answer; a file is faster in large portions.
-        at_once=1 if options.predict == "-" and sys.stdin.isatty() else 4096,
-        device=device,
-        precision=options.precision,
-    )
-    n_empty = n_cut = 0
-    for answer in answers:
-        if answer is None:
-            n_empty += 1
-            print()
-            continue
-        class_id, probability, length = answer
-        n_cut += length > options.max_length
-        print(f"{classes[class_id]}\t{probability:.4f}", flush=sys.stdin.isatty())
-    if n_empty:
-        print(f"warning: {n_empty} empty lines, answered with empty lines", file=sys.stderr)
+def predict(predictor: Predictor, name: str) -> None:
+    """A line for each line of a file, in order; a blank one for a blank one."""
+    lines = (line.rstrip("\r\n") for _, line in read_lines(name))
+    # A person who types waits for each answer; a file is faster in large portions.
+    typed = name == "-" and sys.stdin.isatty()
+    n_blank = n_cut = 0
+    answers = predictor.answers(lines, at_once=1 if typed else 4096)
+    for answer in tqdm(answers, unit=" lines", disable=True if typed else None, leave=False):
+        text, length = answer or ("", 0)
+        n_blank += answer is None
+        n_cut += length > predictor.max_length
+        print(text, flush=typed)
+    if n_blank:
+        print(f"warning: {n_blank} blank lines, answered with blank lines", file=sys.stderr)
     if n_cut:
-        print(
-            f"warning: {n_cut} lines have more than {options.max_length} tokens and were cut there",
-            file=sys.stderr,
-        )
+        longest = predictor.max_length
+        print(f"warning: {n_cut} lines over {longest} tokens were cut there", file=sys.stderr)
 
 
 def run(given: dict[str, Any]) -> None:

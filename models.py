@@ -131,6 +131,40 @@ class DecoderLayer(nn.Module):
         X = self.norm_2(X + self.dropout(self.cross_attention(X, memory, memory_Mask)))
         return self.norm_3(X + self.dropout(self.feed_forward(X)))
 
+    def step(self, X: Tensor, cache: "LayerCache", memory_Mask: Tensor) -> Tensor:
+        """`forward` for the last position alone: what it needs of the others is in the cache.
+
+        Shapes: X (n, 1, d) of n = b * k rows, k hypotheses for each sentence of memory_Mask
+        (b, 1, 1, l_z); returns (n, 1, d). There is no dropout, for this is not for training.
+        """
+        cache.append(*self.self_attention.keys_values(X))
+        X = self.norm_1(X + self.self_attention.attend(X, cache.K, cache.V))
+        # The hypotheses of one sentence are as many queries to its one memory.
+        queries = X.view(memory_Mask.shape[0], -1, X.shape[-1])  # (b, k, d)
+        Y = self.cross_attention.attend(queries, cache.memory_K, cache.memory_V, memory_Mask)
+        X = self.norm_2(X + Y.view_as(X))
+        return self.norm_3(X + self.feed_forward(X))
+
+
+@dataclass
+class LayerCache:
+    """Keys and values that a decoder layer needs again at each step of decoding."""
+
+    K: Tensor  # (n, h, t, d_attn), of the t tokens so far
+    V: Tensor  # (n, h, t, d_mid)
+    memory_K: Tensor  # (b, h, l_z, d_attn), of the encoder's output, computed once a sentence
+    memory_V: Tensor  # (b, h, l_z, d_mid)
+
+    def append(self, K: Tensor, V: Tensor) -> None:
+        """Adds those of one token more."""
+        self.K, self.V = torch.cat((self.K, K), dim=2), torch.cat((self.V, V), dim=2)
+
+    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
+        """Keeps these hypotheses, and the memory of these sentences (None: of all)."""
+        self.K, self.V = self.K[rows], self.V[rows]
+        if sentences is not None:
+            self.memory_K, self.memory_V = self.memory_K[sentences], self.memory_V[sentences]
+
 
 def self_sized_attention(config: ModelConfig) -> MHAttention:
     """MHAttention from and to vectors of d_model."""
@@ -163,9 +197,9 @@ class EncoderDecoder(nn.Module):
         self.decoder = nn.ModuleList([DecoderLayer(config) for _ in range(config.n_layers)])
         self.dropout = nn.Dropout(config.dropout)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """dropout(embedding + position): ids (b, l) -> (b, l, d)."""
-        return self.dropout(self.positions(self.embedding(ids)))
+    def embed(self, ids: Tensor, start: int = 0) -> Tensor:
+        """dropout(embedding + position): ids (b, l), which stand from start on, -> (b, l, d)."""
+        return self.dropout(self.positions(self.embedding(ids), start))
 
     def encode(self, src: Tensor, src_Mask: Tensor) -> Tensor:
         """src (b, l_z), src_Mask (b, 1, 1, l_z) -> memory (b, l_z, d)."""
@@ -206,6 +240,39 @@ class Transformer(EncoderDecoder):
 
     def forward(self, src: Tensor, tgt_in: Tensor) -> Tensor:
         return self.unembedding(self.trunk(src, tgt_in))
+
+    def start(self, src: Tensor, n_beams: int = 1) -> tuple[list[LayerCache], Tensor]:
+        """Encodes src (b, l_z) for `step`: empty caches for b * n_beams rows, and src_Mask."""
+        src_Mask = padding_mask(src, self.pad_id)
+        memory = self.encode(src, src_Mask)
+        nothing = memory.new_empty(src.shape[0] * n_beams, 0, memory.shape[-1])
+        caches = [
+            LayerCache(
+                *layer.self_attention.keys_values(nothing),
+                *layer.cross_attention.keys_values(memory),
+            )
+            for layer in self.decoder
+        ]
+        return caches, src_Mask
+
+    def step(self, ids: Tensor, t: int, caches: list[LayerCache], src_Mask: Tensor) -> Tensor:
+        """The last row of `forward`. The caches hold the earlier tokens, and grow by this one.
+
+        Shapes: ids (n), the tokens at position t, counted from 0; returns logits (n, n_vocab).
+        """
+        X = self.embed(ids[:, None], t)  # (n, 1, d)
+        for layer, cache in zip(self.decoder, caches):
+            X = layer.step(X, cache, src_Mask)
+        return self.unembedding(X[:, 0])
+
+    def cross_attention(self, src: Tensor, tgt_in: Tensor) -> Tensor:
+        """What the last decoder layer takes of the source, mean of its heads: (b, l_x, l_z)."""
+        seen: list[Tensor] = []
+        attend = self.decoder[-1].cross_attention
+        hook = attend.register_forward_pre_hook(lambda _, args: seen.append(attend.weights(*args)))
+        self(src, tgt_in)
+        hook.remove()
+        return seen[0].mean(dim=1)
 
 
 class TransformerClassifier(EncoderDecoder):

@@ -6,10 +6,11 @@ Source of the training rules: *Attention Is All You Need* (AIAYN, arXiv 1706.037
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,8 +227,11 @@ def train(
     precision: str,
     seed: int,
     compiled: bool,
+    inspect: Callable[[int], dict[str, float]] = lambda epoch: {},
 ) -> None:
     """Trains model, already on its device, and leaves the chosen weights in it and in the folder.
+
+    inspect: called after the validation of each epoch, it returns further scores to write down.
 
     After each epoch the model is validated, and a better one saved; at the end the average of the
     last epochs, if one was asked for, takes the place of the best.
@@ -239,7 +243,7 @@ def train(
     runner = torch.compile(model, dynamic=True) if compiled else model
     if compiled:
         compile_first(runner, data, device, precision, seed)
-    best, best_epoch, step = (-math.inf, -math.inf), 0, 0
+    best, best_epoch, step = (), 0, 0
     last_epochs: deque[dict[str, Tensor]] = deque(maxlen=config.average_checkpoints)
     for epoch in range(1, config.epochs + 1):
         runner.train()
@@ -275,10 +279,11 @@ def train(
         log.progress.close()
 
         result = evaluate(model, data, "validation", device=device, precision=precision)
-        better = (result.accuracy, -result.loss) > best
+        better = best_epoch == 0 or result.rank > best
         if better:
-            best, best_epoch = (result.accuracy, -result.loss), epoch
+            best, best_epoch = result.rank, epoch
             folder.save_weights(model)
+        scores = {**result.scores, **inspect(epoch)}
         event = {
             "epoch": epoch,
             "seconds": seconds,
@@ -286,9 +291,7 @@ def train(
             "padding_share": data.padding_share("train", plan),
             "train_loss": log.nll / log.n_targets,
             "train_accuracy": log.n_correct / log.n_targets,
-            "validation_loss": result.loss,
-            "validation_accuracy": result.accuracy,
-            "validation_macro_f1": result.macro_f1,
+            **{f"validation_{name}": value for name, value in scores.items()},
         }
         folder.log(event="epoch", **event)
         print(
@@ -307,10 +310,7 @@ def train(
         model.load_state_dict(average(last_epochs))
         folder.save_weights(model)
         result = evaluate(model, data, "validation", device=device, precision=precision)
-        print(
-            f"average of the last {len(last_epochs)} epochs: validation loss {result.loss:.4f}, "
-            f"accuracy {result.accuracy:.2%}"
-        )
+        print(f"mean of the last {len(last_epochs)} epochs: validation {in_words(result.scores)}")
     else:
         folder.load_weights(model, device)
 
@@ -342,83 +342,257 @@ def average(state_dicts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-# -------------------------------------------------------------------------------- testing, using
+def in_words(scores: dict[str, Any]) -> str:
+    """loss 1.2345, accuracy 67.89%, …"""
+    words = []
+    for name, value in scores.items():
+        text = f"{value:.2%}" if name == "accuracy" else value
+        text = f"{value:.4f}" if isinstance(text, float) else text
+        words.append(f"{name.replace('_', ' ')} {text}")
+    return ", ".join(words)
+
+
+# ------------------------------------------------------------------------------------------ testing
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on one split. confusion[true, predicted] counts sentences."""
+    """What a model does on one split, dropout off."""
 
-    loss: float  # nats per sentence, without label smoothing
-    confusion: np.ndarray
-
-    @property
-    def n_sentences(self) -> int:
-        """All that were evaluated."""
-        return int(self.confusion.sum())
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the sentences whose class was found."""
-        return float(self.confusion.trace() / self.confusion.sum())
+    loss: float  # nats per target, without label smoothing
+    accuracy: float  # share of the targets that were found; of a translation, given those before
+    confusion: np.ndarray | None  # sentences by [true, predicted] class
 
     @property
     def macro_f1(self) -> float:
-        """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN); 0 for a class that nowhere
-        occurs."""
-        hits = self.confusion.diagonal()
+        """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN); 0 for one that nowhere occurs."""
         n = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
-        return float(np.mean(2 * hits / np.maximum(n, 1)))
+        return float(np.mean(2 * self.confusion.diagonal() / np.maximum(n, 1)))
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """All figures, by name."""
+        if self.confusion is None:
+            task = {"perplexity": math.exp(min(self.loss, 700.0))}  # above that a float overflows
+        else:
+            task = {"macro_f1": self.macro_f1}
+        return {"loss": self.loss, "accuracy": self.accuracy, **task}
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """The greater, the better: a classifier by accuracy, a translator by loss."""
+        return (-self.loss,) if self.confusion is None else (self.accuracy, -self.loss)
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, data: TextData, split: str, *, device: torch.device, precision: str
 ) -> Evaluation:
-    """The model on every sentence of a split, dropout off."""
+    """The model on every sentence of a split."""
     model.eval()
-    nll, pairs = [], []
-    for batch in data.batches(split, data.plan(split, seed=0, epoch=0), device):
+    sums, pairs, n_targets = [], [], 0
+    for batch in data.batches(split, data.plan(split), device):
         with autocast(precision, device):
-            logits = model(batch.src, batch.tgt_in)  # (b, 1, n)
-        nll.append(loss_sums(logits, batch.tgt_out, 0.0)[1])
-        pairs.append(torch.cat((batch.tgt_out, logits.argmax(dim=-1)), dim=1))  # (b, 2)
-    n = len(data.classes)
-    confusion = np.zeros((n, n), dtype=np.int64)
-    true, predicted = torch.cat(pairs).cpu().numpy().T
-    np.add.at(confusion, (true, predicted), 1)
-    return Evaluation(float(torch.stack(nll).sum()) / len(true), confusion)
+            logits = model(batch.src, batch.tgt_in)  # (b, l_x, n)
+        nll_sum = loss_sums(logits, batch.tgt_out, 0.0)[1]
+        sums.append(torch.stack((nll_sum, count_correct(logits, batch.tgt_out))))
+        n_targets += batch.n_targets
+        if data.classes:
+            pairs.append(torch.cat((batch.tgt_out, logits.argmax(dim=-1)), dim=1))  # (b, 2)
+    nll, n_correct = torch.stack(sums).double().cpu().sum(dim=0).tolist()
+    confusion = None
+    if data.classes:
+        confusion = np.zeros((len(data.classes),) * 2, dtype=np.int64)
+        np.add.at(confusion, tuple(torch.cat(pairs).cpu().numpy().T), 1)
+    return Evaluation(nll / n_targets, n_correct / n_targets, confusion)
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How a translation is searched for."""
+
+    beam_size: int = option(4, "hypotheses kept of each sentence; 1: the likeliest token", low=1)
+    length_penalty: float = option(
+        0.6, "alpha of Wu et al.: 0 prefers short translations, 1 long ones", low=0.0
+    )
+
+
+EXTRA_LENGTH = 50  # tokens that a translation may be longer than its source: AIAYN, section 6.1
+
+
+def length_penalty(length: Tensor | int, alpha: float) -> Tensor | float:
+    """lp(Y) = ((5 + |Y|) / (5 + 1))^alpha, a divisor of log P(Y | X). |Y| counts the end token.
+
+    Source: Wu et al. (arXiv 1609.08144), section 7, equation 14.
+    """
+    return ((5 + length) / 6) ** alpha
 
 
 @torch.inference_mode()
-def classify(
-    model: nn.Module,
-    codec: TextCodec,
-    texts: Iterable[str],
-    *,
-    max_length: int,
-    batch_size: int,
-    device: torch.device,
-    precision: str,
-    at_once: int = 4096,
-) -> Iterator[tuple[int, float, int] | None]:
-    """(class, its probability, length in tokens) of each text in order; None for a blank one.
+def greedy(model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int) -> list[list[int]]:
+    """The likeliest token at each step, until eos_id or the greatest length: src (b, l_z)."""
+    caches, src_Mask = model.start(src)
+    limits = src_Mask.sum(dim=-1).flatten() + EXTRA_LENGTH  # (b)
+    found: list[list[int]] = [[] for _ in src]
+    sentences = torch.arange(len(src), device=src.device)  # which are not finished yet
+    tokens = torch.full((len(src), 1), bos_id, device=src.device)  # (n, 1 + t)
+    while len(sentences):
+        logits = model.step(tokens[:, -1], tokens.shape[1] - 1, caches, src_Mask)
+        chosen = logits.argmax(dim=-1)  # (n)
+        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
+        done = (chosen == eos_id) | (tokens.shape[1] > limits)
+        if done.any():
+            for i, ids in zip(sentences[done].tolist(), tokens[done, 1:].tolist()):
+                found[i] = [token for token in ids if token != eos_id]
+            rows = (~done).nonzero()[:, 0]
+            tokens, limits, sentences = tokens[rows], limits[rows], sentences[rows]
+            src_Mask = src_Mask[rows]
+            for cache in caches:
+                cache.select(rows, rows)
+    return found
 
-    Memory does not grow with the texts: at_once of them are sorted by length and worked through.
+
+@torch.inference_mode()
+def beam_search(
+    model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int, beam_size: int, alpha: float
+) -> list[list[int]]:
+    """The best of the hypotheses that end among the beam_size likeliest: src (b, l_z).
+
+    While they grow they are ranked by log P(Y | X), once they end by log P(Y | X) / lp(Y). A
+    sentence is done when beam_size of its hypotheses have ended, when none that still grows can
+    overtake the best that has ended, or at the greatest length.
+    Source: AIAYN, section 6.1; Wu et al. (arXiv 1609.08144), section 7.
     """
-    model.eval()
-    texts = iter(texts)
-    while window := list(islice(texts, at_once)):
-        ids = codec.encode(window)
-        rows = sorted((i for i in range(len(ids)) if window[i].strip()), key=lambda i: len(ids[i]))
-        answers: list[tuple[int, float, int] | None] = [None] * len(ids)
-        for begin in range(0, len(rows), batch_size):
-            batch = rows[begin : begin + batch_size]
-            cut = [ids[i][: max_length - 1] + [codec.eos_id] for i in batch]
-            src, tgt_in = pad(cut, codec.pad_id), torch.full((len(batch), 1), codec.bos_id)
-            with autocast(precision, device):
-                logits = model(src.to(device), tgt_in.to(device))[:, 0]  # (b, n)
-            probability, found = logits.float().softmax(dim=-1).max(dim=-1)  # (b), (b)
-            for i, class_id, p in zip(batch, found.tolist(), probability.tolist()):
-                answers[i] = class_id, p, len(ids[i]) + 1
-        yield from answers
+    k, device = beam_size, src.device
+    caches, src_Mask = model.start(src, k)
+    limits = src_Mask.sum(dim=-1).flatten() + EXTRA_LENGTH  # (b)
+    found: list[list[int]] = [[] for _ in src]
+    sentences = torch.arange(len(src), device=device)  # those that are not done: n of b
+    tokens = torch.full((len(src), k, 1), bos_id, device=device)  # (n, k, 1 + t)
+    log_p = torch.full((len(src), k), -math.inf, device=device)  # (n, k)
+    log_p[:, 0] = 0.0  # the k empty hypotheses of a sentence are one and the same
+    best = torch.full((len(src),), -math.inf, device=device)  # (n), score of the best that ended
+    n_ended = torch.zeros(len(src), dtype=torch.long, device=device)
+    while len(sentences):
+        n, _, length = tokens.shape  # length: of a hypothesis that gets its next token now
+        logits = model.step(tokens[:, :, -1].flatten(), length - 1, caches, src_Mask)
+        grown = log_p[:, :, None] + logits.float().log_softmax(dim=-1).view(n, k, -1)
+        n_vocab = grown.shape[-1]
+        # Of 2 k candidates at most k end, one for each hypothesis, so k are left to go on.
+        candidates, index = grown.flatten(1).topk(min(2 * k, k * n_vocab), dim=1)  # (n, 2 k)
+        parents, chosen = index // n_vocab, index % n_vocab
+        ends = chosen == eos_id
+
+        ended = candidates.masked_fill(~ends, -math.inf)[:, :k] / length_penalty(length, alpha)
+        n_ended += ended.isfinite().sum(dim=1)
+        score, which = ended.max(dim=1)  # (n)
+        for i in (score > best).nonzero()[:, 0].tolist():
+            found[sentences[i]] = tokens[i, parents[i, which[i]], 1:].tolist()
+        best = torch.maximum(best, score)
+
+        log_p, which = candidates.masked_fill(ends, -math.inf).topk(k, dim=1)  # (n, k)
+        parents, chosen = parents.gather(1, which), chosen.gather(1, which)
+        tokens = torch.cat(
+            (tokens.gather(1, parents[:, :, None].expand(n, k, length)), chosen[:, :, None]), dim=2
+        )
+        at_limit = length >= limits
+        for i in (at_limit & best.isinf()).nonzero()[:, 0].tolist():
+            found[sentences[i]] = tokens[i, 0, 1:].tolist()  # none has ended: the likeliest, cut
+        # A log probability only falls, so at the greatest length it is divided by the most.
+        reachable = log_p[:, 0] / length_penalty(limits, alpha)
+        kept = (~(at_limit | (n_ended >= k) | (best >= reachable))).nonzero()[:, 0]  # of n
+        rows = (torch.arange(n, device=device)[:, None] * k + parents)[kept].flatten()
+        for cache in caches:
+            cache.select(rows, None if len(kept) == n else kept)
+        tokens, log_p, best, n_ended = tokens[kept], log_p[kept], best[kept], n_ended[kept]
+        sentences, limits, src_Mask = sentences[kept], limits[kept], src_Mask[kept]
+    return found
+
+
+# ------------------------------------------------------------------------------------------- using
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model with all that it takes to answer a text with a text."""
+
+    model: nn.Module
+    codec: TextCodec
+    classes: list[str] | None  # None: a translator
+    max_length: int  # tokens of a source, what is longer is cut
+    batch_size: int  # sentences
+    search: DecodingConfig
+    device: torch.device
+    precision: str
+
+    def answers(
+        self, texts: Iterable[str], at_once: int = 4096
+    ) -> Iterator[tuple[str, int] | None]:
+        """(answer, tokens of the text before any cut) to each text in order; None to a blank one.
+
+        Memory does not grow with the texts: at_once of them are sorted by length and answered.
+        """
+        self.model.eval()
+        texts = iter(texts)
+        while window := list(islice(texts, at_once)):
+            ids = self.codec.encode(window)
+            rows = sorted((i for i, x in enumerate(window) if x.strip()), key=lambda i: len(ids[i]))
+            answers: list[tuple[str, int] | None] = [None] * len(ids)
+            for begin in range(0, len(rows), self.batch_size):
+                batch = rows[begin : begin + self.batch_size]
+                for i, answer in zip(batch, self.answer([ids[i] for i in batch])):
+                    answers[i] = answer, len(ids[i]) + 1
+            yield from answers
+
+    @torch.inference_mode()
+    def answer(self, ids: list[list[int]]) -> list[str]:
+        """The answers to one batch: "label<TAB>probability", or the translation."""
+        src = [row[: self.max_length - 1] + [self.codec.eos_id] for row in ids]
+        src = pad(src, self.codec.pad_id).to(self.device)  # (b, l_z)
+        with autocast(self.precision, self.device):
+            return self._labels(src) if self.classes else self._translations(src)
+
+    def _labels(self, src: Tensor) -> list[str]:
+        tgt_in = torch.full((len(src), 1), self.codec.bos_id, device=self.device)
+        p, class_ids = self.model(src, tgt_in)[:, 0].float().softmax(dim=-1).max(dim=-1)  # (b), (b)
+        return [f"{self.classes[i]}\t{x:.4f}" for i, x in zip(class_ids.tolist(), p.tolist())]
+
+    def _translations(self, src: Tensor) -> list[str]:
+        ends = {"bos_id": self.codec.bos_id, "eos_id": self.codec.eos_id}
+        k, alpha = self.search.beam_size, self.search.length_penalty
+        if k == 1:
+            ids = greedy(self.model, src, **ends)
+        else:
+            ids = beam_search(self.model, src, **ends, beam_size=k, alpha=alpha)
+        return [text.strip() for text in self.codec.tokenizer.decode_batch(ids)]
+
+    def attention(self, source: str, target: str) -> tuple[list[str], list[str], np.ndarray]:
+        """Source tokens, target tokens, and weights[target, source] of the last decoder layer."""
+        src, tgt = (row + [self.codec.eos_id] for row in self.codec.encode([source, target]))
+        tgt_in = [self.codec.bos_id] + tgt[:-1]
+        src_ids, tgt_ids = (torch.tensor([row], device=self.device) for row in (src, tgt_in))
+        with torch.inference_mode():
+            weights = self.model.cross_attention(src_ids, tgt_ids)[0]  # (l_x, l_z)
+        decode = self.codec.tokenizer.decode
+        words = [[decode([i], skip_special_tokens=False) for i in row] for row in (src, tgt)]
+        return *words, weights.float().cpu().numpy()
+
+
+def translation_scores(hypotheses: list[str], references: list[str]) -> dict[str, Any]:
+    """Corpus scores by sacrebleu, with the signature that says how they were reckoned.
+
+    "bleu" and "chrf" are sacrebleu's defaults. "bleu_lowercase_13a" is BLEU of lower-cased text in
+    the 13a tokenisation, near what papers on Multi30k report as tokenised lower-cased BLEU.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    bleu, chrf, lowercase = BLEU(), CHRF(), BLEU(lowercase=True, tokenize="13a")
+    return {
+        "bleu": bleu.corpus_score(hypotheses, [references]).score,
+        "chrf": chrf.corpus_score(hypotheses, [references]).score,
+        "bleu_lowercase_13a": lowercase.corpus_score(hypotheses, [references]).score,
+        "signature": f"BLEU {bleu.get_signature()}; chrF {chrf.get_signature()}",
+    }
