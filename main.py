@@ -17,6 +17,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -398,12 +399,12 @@ def test_translations(predictor: Predictor, data: TextData, folder: RunFolder) -
     hypotheses = [answer[0] if answer else "" for answer in predictor.answers(rows["source"])]
     folder.write_lines(folder.HYPOTHESES, hypotheses)
     folder.write_lines(folder.REFERENCES, rows["target"])
-    # Sentences long enough to be of interest, and short enough to be read.
-    fit = [i for i, n in enumerate(data.lengths["test"].max(axis=1)) if 8 <= n <= 24][:4]
-    if fit:
-        drawn = [predictor.attention(rows["source"][i], hypotheses[i]) for i in fit]
-        title = f"{data.config.dataset}, test split, last decoder layer"
-        draw_attention(drawn, folder.path / folder.ATTENTION, title)
+    # Four sentences long enough to be of interest and short enough to be read.
+    lengths = data.lengths["test"].max(axis=1)
+    drawn = np.argsort(abs(lengths - 16), kind="stable")[:4].tolist()
+    maps = [predictor.attention(rows["source"][i], hypotheses[i]) for i in drawn]
+    title = f"{data.config.dataset}, test split, last decoder layer"
+    draw_attention(maps, folder.path / folder.ATTENTION, title)
     scores = translation_scores(hypotheses, rows["target"])
     return {"beam_size": predictor.search.beam_size, **scores}
 

@@ -97,12 +97,10 @@ def loss_sums(logits: Tensor, tgt_out: Tensor, label_smoothing: float) -> tuple[
     Source: AIAYN, section 5.4 (after Szegedy et al., arXiv 1512.00567, section 7).
     Shapes: logits (b, l_x, n), tgt_out (b, l_x), NO_TARGET counts nothing; returns two (), float32.
     """
-    logits = logits.float()  # a sum of thousands in 16 bits would lose the small ones
-    log_z = logits.logsumexp(dim=-1)  # (b, l_x); log p[k] = logits[k] - log_z
-    there = tgt_out != NO_TARGET
-    chosen = logits.gather(-1, tgt_out.clamp(min=0)[..., None])[..., 0]  # (b, l_x)
-    nll = (log_z - chosen) * there
-    smoothed = (1 - label_smoothing) * nll + label_smoothing * (log_z - logits.mean(-1)) * there
+    log_p = logits.float().log_softmax(dim=-1)  # (b, l_x, n); 16 bits would lose the small ones
+    there = tgt_out != NO_TARGET  # (b, l_x)
+    nll = -log_p.gather(-1, tgt_out.clamp(min=0)[..., None])[..., 0] * there
+    smoothed = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(dim=-1) * there
     return smoothed.sum(), nll.detach().sum()
 
 
@@ -459,11 +457,12 @@ def greedy(model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int) -> list[l
 def beam_search(
     model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int, beam_size: int, alpha: float
 ) -> list[list[int]]:
-    """The best of the hypotheses that end among the beam_size likeliest: src (b, l_z).
+    """The best translation that a beam of hypotheses comes upon: src (b, l_z).
 
-    While they grow they are ranked by log P(Y | X), once they end by log P(Y | X) / lp(Y). A
-    sentence is done when beam_size of its hypotheses have ended, when none that still grows can
-    overtake the best that has ended, or at the greatest length.
+    The beam holds the likeliest beam_size hypotheses, ranked by log P(Y | X); one that ends keeps
+    its place, so the likeliest of all goes on until it ends itself. Those that ended are ranked by
+    log P(Y | X) / lp(Y). A sentence is done when its beam holds ended ones alone, when none that
+    still grows can overtake the best of them, or at the greatest length.
     Source: AIAYN, section 6.1; Wu et al. (arXiv 1609.08144), section 7.
     """
     k, device = beam_size, src.device
@@ -475,25 +474,28 @@ def beam_search(
     log_p = torch.full((len(src), k), -math.inf, device=device)  # (n, k)
     log_p[:, 0] = 0.0  # the k empty hypotheses of a sentence are one and the same
     best = torch.full((len(src),), -math.inf, device=device)  # (n), score of the best that ended
-    n_ended = torch.zeros(len(src), dtype=torch.long, device=device)
+    places = torch.full((len(src), 1), k, device=device)  # in the beam, for those that still grow
     while len(sentences):
         n, _, length = tokens.shape  # length: of a hypothesis that gets its next token now
         logits = model.step(tokens[:, :, -1].flatten(), length - 1, caches, src_Mask)
         grown = log_p[:, :, None] + logits.float().log_softmax(dim=-1).view(n, k, -1)
         n_vocab = grown.shape[-1]
-        # Of 2 k candidates at most k end, one for each hypothesis, so k are left to go on.
+        # Of 2 k candidates at most k end, one for each hypothesis, so that k can go on.
         candidates, index = grown.flatten(1).topk(min(2 * k, k * n_vocab), dim=1)  # (n, 2 k)
         parents, chosen = index // n_vocab, index % n_vocab
         ends = chosen == eos_id
 
-        ended = candidates.masked_fill(~ends, -math.inf)[:, :k] / length_penalty(length, alpha)
-        n_ended += ended.isfinite().sum(dim=1)
+        rank = torch.arange(candidates.shape[1], device=device)
+        ended = candidates.masked_fill(~ends | (rank >= places), -math.inf)  # (n, 2 k)
+        places = places - ended.isfinite().sum(dim=1, keepdim=True)
+        ended = ended / length_penalty(length, alpha)
         score, which = ended.max(dim=1)  # (n)
         for i in (score > best).nonzero()[:, 0].tolist():
             found[sentences[i]] = tokens[i, parents[i, which[i]], 1:].tolist()
         best = torch.maximum(best, score)
 
         log_p, which = candidates.masked_fill(ends, -math.inf).topk(k, dim=1)  # (n, k)
+        log_p = log_p.masked_fill(rank[:k] >= places, -math.inf)
         parents, chosen = parents.gather(1, which), chosen.gather(1, which)
         tokens = torch.cat(
             (tokens.gather(1, parents[:, :, None].expand(n, k, length)), chosen[:, :, None]), dim=2
@@ -503,11 +505,11 @@ def beam_search(
             found[sentences[i]] = tokens[i, 0, 1:].tolist()  # none has ended: the likeliest, cut
         # A log probability only falls, so at the greatest length it is divided by the most.
         reachable = log_p[:, 0] / length_penalty(limits, alpha)
-        kept = (~(at_limit | (n_ended >= k) | (best >= reachable))).nonzero()[:, 0]  # of n
+        kept = (~(at_limit | (best >= reachable))).nonzero()[:, 0]  # of n
         rows = (torch.arange(n, device=device)[:, None] * k + parents)[kept].flatten()
         for cache in caches:
             cache.select(rows, None if len(kept) == n else kept)
-        tokens, log_p, best, n_ended = tokens[kept], log_p[kept], best[kept], n_ended[kept]
+        tokens, log_p, best, places = tokens[kept], log_p[kept], best[kept], places[kept]
         sentences, limits, src_Mask = sentences[kept], limits[kept], src_Mask[kept]
     return found
 
