@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import field, fields
+from dataclasses import field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -63,21 +63,16 @@ def allowed(metadata: dict[str, Any]) -> str:
     return " and ".join(words[key].format(metadata[key]) for key in words if key in metadata)
 
 
-def out_of_range(config: Any) -> list[str]:
-    """A line for each field of a settings object that lies outside its limits."""
-    lines = []
-    for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata
-        if value is None:
-            continue
-        if (
-            ("choices" in limits and value not in limits["choices"])
-            or ("low" in limits and not value >= limits["low"])
-            or ("above" in limits and not value > limits["above"])
-            or ("below" in limits and not value < limits["below"])
-        ):
-            lines.append(f"{flag(f.name)} {value}: give {allowed(limits)}")
-    return lines
+def limit_problem(name: str, value: Any, limits: dict[str, Any], given: str) -> str | None:
+    """A line that says why a value lies outside an option's limits, or None if it does not."""
+    limits = {"below": 2**31, **limits} if isinstance(value, int) else limits
+    fits = (
+        ("choices" not in limits or value in limits["choices"])
+        and ("low" not in limits or value >= limits["low"])
+        and ("above" not in limits or value > limits["above"])
+        and ("below" not in limits or value < limits["below"])
+    )
+    return None if fits else f"{flag(name)} {given}: give {allowed(limits)}"
 
 
 # ------------------------------------------------------------------------------------------ devices
@@ -190,8 +185,11 @@ class RunFolder:
             path = Path("runs", name, datetime.now().strftime("%Y%m%d-%H%M%S"))
             return cls(path.with_name(f"{path.name}-{os.getpid()}") if path.exists() else path)
         path = Path(run_dir).expanduser()
-        if path.exists() and not path.is_dir():
-            raise BadInput(f"--run-dir {run_dir}: a file; give a folder")
+        ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not ancestor.is_dir():
+            raise BadInput(f"--run-dir {run_dir}: {ancestor} is a file; give a folder")
+        if not os.access(ancestor, os.W_OK):
+            raise BadInput(f"--run-dir {run_dir}: may not be written; give another folder")
         if path.is_dir() and any(path.iterdir()):
             if not (path / cls.CONFIG).exists():
                 raise BadInput(
@@ -254,7 +252,8 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        lines = (self.path / self.METRICS).read_text(encoding="utf-8").splitlines()
+        path = self.path / self.METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [json.loads(line) for line in lines]
 
     def save_weights(self, model: nn.Module) -> None:

@@ -7,13 +7,14 @@ import json
 import re
 import socket
 import sys
+import urllib.parse
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ def read_lines(name: Path | str) -> Iterator[tuple[int, str]]:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as raw:
             zipped = name != "-" and raw.peek(2)[:2] == b"\x1f\x8b"
             for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode()
+                yield number, text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
         place = f"{name}, line {number}, byte {error.start + 1}"
         raise BadInput(f"{place}: not UTF-8; save the file as UTF-8") from None
@@ -92,23 +94,22 @@ def read_lines(name: Path | str) -> Iterator[tuple[int, str]]:
 
 
 def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
-    """(place, row) of a csv file, quoted as in RFC 4180, or of a tsv file, where nothing is
-    quoted."""
+    """(place, row) of a csv file, quoted as RFC 4180 has it, or of a tsv file, never quoted."""
     quoting = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {"strict": True}
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader((line for _, line in read_lines(path)), delimiter=delimiter, **quoting)
+    header, begin = [], 1  # a quoted field may span lines: begin is where the row begins
     try:
-        header = next(reader, [])
         for values in reader:
-            place = f"{path}, line {reader.line_num}"
+            place, begin = f"{path}, line {begin}", reader.line_num + 1
+            header = header or values
             if len(values) not in (0, len(header)):
                 counts = f"{len(values)} fields, and the header has {len(header)}"
                 raise BadInput(f"{place}: {counts}; mend or take out the line")
-            if values:
+            if values and values is not header:
                 yield place, dict(zip(header, values))
     except csv.Error as error:
-        place = f"{path}, line {reader.line_num}"
-        raise BadInput(f"{place}: broken csv ({error}); mend or take out the line") from None
+        raise BadInput(f"{path}, line {begin}: broken csv ({error}); mend the line") from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
@@ -118,7 +119,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput(f"{place}: not JSON ({error}); mend or take out the line") from None
             if not isinstance(row, dict):
                 raise BadInput(f'{place}: not an object such as {{"text": "fine", "label": 1}}')
@@ -161,7 +162,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }
-FORMATS = ", ".join(READERS) + ", plain or with .gz"
+FORMATS = ".parquet, or .csv, .tsv, .jsonl, plain or with .gz behind"
 
 
 def file_format(path: Path) -> str:
@@ -187,12 +188,13 @@ def find_files(path: Path, columns: dict[str, str]) -> dict[str, list[tuple[Path
     if path.is_file() and file_format(path) not in READERS:
         raise BadInput(f"--dataset {path}: no data file; its name must end in one of {FORMATS}")
     if path.is_file():
-        return {"train": [(path,)]}
+        return {split_of(Path(path.name)) or "train": [(path,)]}
     sides = ["." + columns[key] for key in ("source_column", "target_column")]
     found: dict[Path, list[Path]] = {}  # by the name without the ending of a side
     for file in sorted(path.rglob("*")):
         form, inner = file_format(file), file.relative_to(path)
-        if file.is_file() and not str(inner).startswith(".") and form in (*READERS, *sides):
+        hidden = any(part.startswith(".") for part in inner.parts)
+        if file.is_file() and not hidden and form in (*READERS, *sides):
             key = inner if form in READERS else inner.with_name(inner.name.partition(form)[0])
             found.setdefault(key, []).append(file)
     by_split: dict[str | None, list[tuple[Path, ...]]] = {}
@@ -272,12 +274,16 @@ def read_files(files: list[list[str]], **columns: str) -> Iterator[dict[str, str
 
 def read_table(table: "Dataset", name: str, **columns: str) -> Iterator[dict[str, str]]:
     """The two columns of a table of the Hub, a class's name in place of its number."""
-    label = table.features.get(columns["target_column"])
-    rows = ((f"{name}, row {i}", row) for i, row in enumerate(table, 1))
-    for row in select(rows, **columns):
-        if hasattr(label, "int2str"):
-            row["target"] = label.int2str(int(row["target"]))
-        yield row
+    target = columns["target_column"]
+    names = getattr(table.features.get(target), "names", None)
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        for number, row in enumerate(table, 1):
+            if names and row[target] is not None:
+                row[target] = names[row[target]] if row[target] >= 0 else None  # -1 is "held back"
+            yield f"{name}, row {number}", row
+
+    yield from select(rows(), **columns)
 
 
 def to_arrow(
@@ -296,50 +302,81 @@ def to_arrow(
         raise (error.__cause__ if isinstance(error.__cause__, BadInput) else error) from None
 
 
+def checksum(file: Path) -> str:
+    """What tells a file's content from any other."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def load_files(path: Path, columns: dict[str, str]) -> dict[str, "Dataset"]:
     """The splits of a file or folder. A changed file is read anew; one that was moved is not."""
     splits = {}
     for split, files in find_files(path, columns).items():
-        contents = []
-        for file in (file for pair in files for file in pair):
-            with open(file, "rb") as content:
-                checksum = hashlib.file_digest(content, "sha256").hexdigest()
-                contents.append([checksum, file_format(file)])
+        contents = [[checksum(file), file_format(file)] for pair in files for file in pair]
         arguments = {"files": [[str(file) for file in pair] for pair in files], **columns}
         splits[split] = to_arrow(read_files, arguments, digest(contents, columns))
     return splits
 
 
-def load_hub(name: str, config_name: str | None, columns: dict[str, str]) -> dict[str, "Dataset"]:
-    """The splits of a data set on the Hub, or of a folder laid out like one. Runs no code of it."""
+def has_card(folder: Path) -> bool:
+    """Whether a folder is laid out like one of the Hub, where a card says which file is what."""
+    card = folder / "README.md"
+    return card.is_file() and re.match(r"---\n(.*\n)*?configs:", card.read_text("utf-8", "replace"))
+
+
+def load_tables(
+    path: Path, name: str, config_name: str | None
+) -> tuple[dict[str, "Dataset"], str | None]:
+    """What `datasets` makes of an id on the Hub, or of a folder with a card, which has a digest.
+
+    No code that comes with the data is run.
+    """
     import datasets
     from huggingface_hub import constants
 
+    content = cache = None
+    if path.is_dir():
+        # The library knows a folder by its name and card, and would give what it held before.
+        content = digest([[str(f), checksum(f)] for f in sorted(path.rglob("*")) if f.is_file()])
+        cache = Path(datasets.config.HF_DATASETS_CACHE, f"rhea-{content}")
+    elif not urllib.request.getproxies():
+        try:
+            socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:  # no network: take what was fetched before, without a minute of retries
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:  # no network: take what was fetched before, without half a minute of retries
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        tables = datasets.load_dataset(name, config_name)
+        source = str(path) if content else name
+        return datasets.load_dataset(source, config_name, cache_dir=cache), content
     except Exception as error:  # a dozen kinds; all mean that it has none
         reason = " ".join(str(error).split())[:300]
-        known = ", ".join(embedded())
+        if content:
+            raise BadInput(f"--dataset {name}: {reason}; mend its README.md or files") from None
         raise BadInput(
-            f"--dataset {name}: no file or folder here, not embedded (as {known} is), and the Hub "
-            f"does not give it ({reason}); check the name, or fetch it where there is a network: "
-            f"hf download --repo-type dataset {name}"
+            f"--dataset {name}: no file or folder here, not embedded (as {', '.join(embedded())} "
+            f"is), and the Hub does not give it ({reason}); check the name, or fetch it on a machine "
+            f"with a network: hf download --repo-type dataset {name}"
         ) from None
+
+
+def load_hub(
+    path: Path, name: str, config_name: str | None, columns: dict[str, str]
+) -> dict[str, "Dataset"]:
+    """The splits of a data set on the Hub, or of a folder with a card."""
+    tables, content = load_tables(path, name, config_name)
     splits = {}
     for split, table in tables.items():
+        table = table.flatten()  # the fields of a nested column are columns named a.b
         usual = "train" if len(tables) == 1 else split_of(Path(split))
-        label = table.features.get(columns["target_column"])
+        target = columns["target_column"]
         if usual is None or usual in splits:
             print(f"{name}: split {split} is left out, only train, validation and test are used")
-        elif hasattr(label, "int2str") and set(table.unique(columns["target_column"])) == {-1}:
+        elif hasattr(table.features.get(target), "names") and table.unique(target) == [-1]:
             print(f"{name}: split {split} is left out, for its labels are held back")
         else:
             arguments = {"table": table, "name": f"{name}, {split}", **columns}
-            splits[usual] = to_arrow(read_table, arguments, digest(table._fingerprint, columns))
+            splits[usual] = to_arrow(
+                read_table, arguments, digest(table._fingerprint, content, columns)
+            )
     return splits
 
 
@@ -385,11 +422,11 @@ def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> dict[str,
     name = config.dataset
     columns = {key: getattr(config, key) for key in ("source_column", "target_column", "task")}
     path = ASSETS / name if name in embedded() else Path(name).expanduser()
-    # A folder with a card is laid out like one of the Hub: the card says which file is which split.
-    if path.is_file() or (path.is_dir() and not (path / "README.md").is_file()):
+    asks_hub = path.is_dir() and (config.dataset_config or has_card(path))
+    if path.exists() and not asks_hub:
         splits = load_files(path, columns)
-    elif path.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        splits = load_hub(str(path) if path.is_dir() else name, config.dataset_config, columns)
+    elif path.exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        splits = load_hub(path, name, config.dataset_config, columns)
     else:
         known = ", ".join(embedded())
         raise BadInput(f"--dataset {name}: no such file or folder; embedded data sets are {known}")
@@ -406,7 +443,7 @@ def class_names(splits: dict[str, "Dataset"]) -> list[str]:
     Raises BadInput if they will not do as classes.
     """
     names, n = splits["train"].unique("target"), len(splits["train"])
-    are_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+    are_numbers = all(re.fullmatch(r"-?\d{1,18}", name) for name in names)
     names = sorted(names, key=int if are_numbers else str)
     if len(names) == 1:
         raise BadInput(f"--target-column: every training sentence is {names[0]}; give two classes")
@@ -513,13 +550,15 @@ def read_tokenizer(name: str) -> TextCodec:
     try:
         there = path.exists()
         tokenizer = Tokenizer.from_file(str(path)) if there else Tokenizer.from_pretrained(name)
+        codec = as_codec(tokenizer)
+        codec.encode(["\N{SNOWMAN}"])  # fails if what the tokenizer does not know has no id
     except Exception as error:  # the library raises plain Exceptions
         reason = " ".join(str(error).split())[:200]
         raise BadInput(
-            f"--tokenizer {name}: none there ({reason}); give a tokenizer.json of the tokenizers "
-            "library, or --train-tokenizer"
+            f"--tokenizer {name}: none there, or none of use ({reason}); give a tokenizer.json of "
+            "the tokenizers library, or --train-tokenizer"
         ) from None
-    return as_codec(tokenizer)
+    return codec
 
 
 def shipped_tokenizer(dataset: str) -> Path:
@@ -579,7 +618,13 @@ def pad(rows: Sequence[Sequence[int]], value: int, width: int = 0) -> Tensor:
 
 
 def plan_epoch(
-    lengths: np.ndarray, *, batch_size: int | None, batch_tokens: int | None, seed: int, epoch: int
+    lengths: np.ndarray,
+    *,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    seed: int,
+    epoch: int,
+    pad_to: int = 0,
 ) -> list[np.ndarray]:
     """The micro-batches of an epoch as row numbers: each row once, like lengths together.
 
@@ -591,7 +636,7 @@ def plan_epoch(
     noise = np.random.PCG64([seed, epoch])
     ties = noise.random_raw(len(lengths))
     order = np.lexsort((ties, lengths[:, 1], lengths[:, 0]))
-    longest = lengths.max(axis=1)[order].tolist()
+    longest = np.maximum(lengths.max(axis=1), pad_to)[order].tolist()
     bounds, width = [0], 0
     for end, length in enumerate(longest):
         n, width = end - bounds[-1], max(width, length)
@@ -663,11 +708,15 @@ class TextData:
 
     def plan(self, split: str, *, seed: int = 0, epoch: int = 0) -> list[np.ndarray]:
         """The micro-batches of one epoch; training counts epochs from 1."""
-        size, tokens = self.config.batch_size, self.config.batch_tokens
-        rows = self.usable(split)
-        lengths = np.minimum(self.lengths[split][rows], self.config.max_length)
-        lengths = np.maximum(lengths, self.pad_to)
-        plan = plan_epoch(lengths, batch_size=size, batch_tokens=tokens, seed=seed, epoch=epoch)
+        c, rows = self.config, self.usable(split)
+        plan = plan_epoch(
+            np.minimum(self.lengths[split][rows], c.max_length),
+            batch_size=c.batch_size,
+            batch_tokens=c.batch_tokens,
+            seed=seed,
+            epoch=epoch,
+            pad_to=c.pad_to,
+        )
         return [rows[batch] for batch in plan]
 
     def padding_share(self, split: str, plan: list[np.ndarray]) -> float:

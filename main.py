@@ -31,9 +31,9 @@ from comp_utils import (
     draw_confusion,
     draw_curves,
     flag,
+    limit_problem,
     machine_facts,
     option,
-    out_of_range,
     pick_device,
     set_seed,
 )
@@ -72,7 +72,7 @@ class RunConfig:
         "fp32", "of matrix products; weights stay in fp32", choices=("fp32", "bf16", "fp16")
     )
     compile: bool = option(False, "let torch.compile make kernels for this model first")
-    seed: int = option(0, "of weights, dropout and the order of batches", low=0)
+    seed: int = option(0, "of weights, dropout, batch order", low=0, below=2**63)
     run_dir: str | None = option(None, "folder of the run", unset="runs/DATASET/TIME")
     overwrite: bool = option(False, "take the place of a run that --run-dir holds")
 
@@ -192,29 +192,31 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> dict[str, Any]:
-    """The options given, by field name, in their own types. Raises BadInput with all that is
-    wrong."""
+def parse_args(argv: list[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The options given, by field name in their own types, and a line for each that cannot be."""
     known = option_fields()
     namespace, unknown = build_parser().parse_known_args(argv)
-    problems = []
-    for word in unknown:
-        near = difflib.get_close_matches(word.split("=")[0], [flag(name) for name in known], 1)
+    given, problems = {}, []
+    for i, word in enumerate(unknown):
+        name = word.split("=")[0]
+        near = difflib.get_close_matches(name, [flag(other) for other in known], 1)
         hint = f"did you mean {near[0]}?" if near else "see --help"
-        problems.append(f"{word}: no such option; {hint}")
-    given = vars(namespace)
-    for name, value in given.items():
-        kind = kind_of(known[name])
+        if name.startswith("-") or not unknown[max(0, i - 1)].startswith("-"):
+            problems.append(f"{name}: no such option; {hint}")
+    for name, text in vars(namespace).items():
+        f, kind = known[name], kind_of(known[name])
         try:
-            given[name] = value if isinstance(value, bool) else kind(value)
-            if given[name] != given[name]:
+            value = text if kind is bool else kind(text)
+            if value != value or value == "":
                 raise ValueError
         except ValueError:
-            word = {int: "a whole number", float: "a number"}[kind]
-            problems.append(f"{flag(name)} {value}: give {word}")
-    if problems:
-        raise BadInput(*problems)
-    return given
+            wanted = {int: "a whole number", float: "a number", str: "a name"}[kind]
+            problems.append(f"{flag(name)} {text}: give {wanted}")
+            continue
+        problem = limit_problem(name, value, f.metadata, text)
+        given |= {} if problem else {name: value}
+        problems += [problem] if problem else []
+    return given, problems
 
 
 def resolve(given: dict[str, Any]) -> SimpleNamespace:
@@ -239,17 +241,23 @@ def part(config: type, options: SimpleNamespace) -> Any:
     return config(**{f.name: getattr(options, f.name) for f in fields(config)})
 
 
-def check(options: SimpleNamespace, given: dict[str, Any], *questions: Callable[[], Any]) -> list:
-    """The answers to questions, or BadInput with a line for every setting that cannot work."""
+def check(
+    options: SimpleNamespace,
+    given: dict[str, Any],
+    problems: list[str],
+    *questions: Callable[[], Any],
+) -> list[Any]:
+    """The answers to questions, or BadInput with all problems: those there are, and those found.
+
+    problems: of options whose values cannot be; in options they have their defaults.
+    """
     configs = [part(config, options) for group in GROUPS.values() for config in group]
-    problems = [line for config in configs for line in out_of_range(config)]
-    if not problems:  # the rules between options speak of values that make sense one by one
-        problems = [line for c in configs if hasattr(c, "problems") for line in c.problems()]
+    problems = problems + [p for c in configs if hasattr(c, "problems") for p in c.problems()]
     if options.overwrite and options.run_dir is None:
         problems.append("--overwrite: say which run to replace with --run-dir")
     if not trains_tokenizer(part(TokenizerConfig, options), options.dataset):
         problems += [
-            f"{flag(name)}: is for a new tokenizer; add --train-tokenizer, or leave it out"
+            f"{flag(name)} {given[name]}: is for a new tokenizer; add --train-tokenizer"
             for name in ("vocab_size", "lowercase")
             if name in given
         ]
@@ -298,12 +306,13 @@ def predictor_of(
     )
 
 
-def train_and_test(given: dict[str, Any]) -> None:
+def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
     """One run, from text to test result."""
     options = resolve(given)
     device, folder = check(
         options,
         given,
+        problems,
         lambda: pick_device(options.device, options.precision),
         lambda: RunFolder.plan(options.run_dir, options.dataset, options.overwrite),
     )
@@ -327,7 +336,7 @@ def train_and_test(given: dict[str, Any]) -> None:
     folder.create()
     folder.write_tokenizer(codec.tokenizer.to_str(pretty=True))
     folder.write_config({"options": vars(options), **facts})
-    targets = ", ".join(classes[:10]) if classes else options.target_column
+    targets = ", ".join(c[:20] for c in classes[:10]) if classes else options.target_column
     print(
         f"{facts['device_name']} ({device.type}), {facts['threads']} threads, "
         f"torch {facts['torch']}, {options.precision}\n"
@@ -412,7 +421,7 @@ def test_translations(predictor: Predictor, data: TextData, folder: RunFolder) -
 # ---------------------------------------------------------------------------------- a trained model
 
 
-def use(given: dict[str, Any]) -> None:
+def use(given: dict[str, Any], problems: list[str]) -> None:
     """Tests, or predicts with, the model of a run folder."""
     testing = "test_only" in given
     if testing and "predict" in given:
@@ -421,14 +430,12 @@ def use(given: dict[str, Any]) -> None:
     config = folder.read_config()
     options = SimpleNamespace(**{**saved_options(folder, config), **given})
     free = FREE_IN_USE | (FREE_IN_TEST if testing else set())
-    fixed = [
+    problems = problems + [
         f"{flag(name)} {value}: is settled by the run in {folder.path}; leave it out"
         for name, value in given.items()
         if name not in free
     ]
-    if fixed:
-        raise BadInput(*fixed)
-    (device,) = check(options, {}, lambda: pick_device(options.device, options.precision))
+    (device,) = check(options, {}, problems, lambda: pick_device(options.device, options.precision))
     codec, classes = read_tokenizer(str(folder.path / folder.TOKENIZER)), config["classes"]
     model = build_model(options, codec, classes).to(device)
     folder.load_weights(model, device)
@@ -447,10 +454,12 @@ def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
     saved, known = config["options"], option_fields()
     wrong = sorted(saved.keys() ^ known.keys())
     for name in saved.keys() & known.keys():
-        kind, value = kind_of(known[name]), saved[name]
-        fits = (int, float) if kind is float else kind
-        unset = value is None and known[name].default is None
-        if not unset and (not isinstance(value, fits) or isinstance(value, bool) != (kind is bool)):
+        kind, value, limits = kind_of(known[name]), saved[name], known[name].metadata
+        if value is None and known[name].default is None:
+            continue
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        fits = fits and isinstance(value, bool) == (kind is bool)
+        if not fits or limit_problem(name, value, limits, str(value)):
             wrong.append(name)
     if wrong:
         raise BadInput(
@@ -479,24 +488,24 @@ def predict(predictor: Predictor, name: str) -> None:
         print(f"warning: {n_cut} lines over {longest} tokens were cut there", file=sys.stderr)
 
 
-def run(given: dict[str, Any]) -> None:
-    """What the command line asks for."""
+def run(given: dict[str, Any], problems: list[str]) -> None:
+    """What the command line asks for. problems: what is wrong with it already."""
     if "test_only" in given or "predict" in given:
-        use(given)
+        use(given, problems)
     else:
-        train_and_test(given)
+        train_and_test(given, problems)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 done, 2 the command line or data cannot work, 1 failed, 130 stopped."""
     try:
-        run(parse_args(argv))
+        run(*parse_args(argv))
     except BadInput as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: out of memory; give a smaller --batch-size or --model", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"error: out of memory ({error}); give a smaller --batch-size", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -505,7 +514,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the best weights so far are in the run folder", file=sys.stderr)
+        print("\nstopped; what was written so far is kept in the run folder", file=sys.stderr)
         return 130
     return 0
 

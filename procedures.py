@@ -32,6 +32,7 @@ class TrainingConfig:
         None,
         "learning rate at its highest",
         above=0.0,
+        below=math.inf,
         unset="the paper's (d-model x warmup-steps)^-0.5",
     )
     schedule: str = option(
@@ -44,9 +45,14 @@ class TrainingConfig:
         0.1, "share of the target spread over all classes", low=0.0, below=1.0
     )
     weight_decay: float = option(
-        0.0, "share of lr by which matrices shrink in an update (AdamW); 0 is Adam", low=0.0
+        0.0,
+        "share of lr by which matrices shrink in an update (AdamW); 0 is Adam",
+        low=0.0,
+        below=math.inf,
     )
-    max_norm: float = option(1.0, "longest gradient; a longer one is shortened to it", above=0.0)
+    max_norm: float = option(
+        1.0, "longest gradient; a longer one is shortened to it; inf: none is", above=0.0
+    )
     accumulate: int = option(1, "micro-batches in an update", low=1)
     patience: int | None = option(
         None, "epochs without a better validation before the run stops", low=1, unset="never stops"
@@ -414,7 +420,10 @@ class DecodingConfig:
 
     beam_size: int = option(4, "hypotheses kept of each sentence; 1: the likeliest token", low=1)
     length_penalty: float = option(
-        0.6, "alpha of Wu et al.: 0 prefers short translations, 1 long ones", low=0.0
+        0.6,
+        "alpha of Wu et al.: 0 prefers short translations, 1 long ones",
+        low=0.0,
+        below=math.inf,
     )
 
 
