@@ -353,7 +353,7 @@ def load_tables(
             raise BadInput(f"--dataset {name}: {reason}; mend its README.md or files") from None
         raise BadInput(
             f"--dataset {name}: no file or folder here, not embedded (as {', '.join(embedded())} "
-            f"is), and the Hub does not give it ({reason}); check the name, or fetch it on a machine "
+            f"is), nor does the Hub give it ({reason}); check the name, or fetch it on a machine "
             f"with a network: hf download --repo-type dataset {name}"
         ) from None
 
