@@ -60,7 +60,8 @@ def allowed(metadata: dict[str, Any]) -> str:
     words = {"low": "at least {}", "above": "above {}", "below": "below {}"}
     if "choices" in metadata:
         return "one of " + ", ".join(metadata["choices"])
-    return " and ".join(words[key].format(metadata[key]) for key in words if key in metadata)
+    text = " and ".join(words[key].format(metadata[key]) for key in words if key in metadata)
+    return text.replace("below inf", "finite")
 
 
 def limit_problem(name: str, value: Any, limits: dict[str, Any], given: str) -> str | None:

@@ -139,8 +139,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 RECIPE_OF_TASK = {RECIPES[name]["task"]: name for name in reversed(RECIPES)}
 
 # What may be said anew when a trained model is used; everything else is the run's own.
-FREE_IN_USE = {"run_dir", "device", "precision", "num_workers", "batch_size"}
+FREE_IN_USE = {"run_dir", "device", "precision", "num_workers", "batch_size", "batch_tokens"}
 FREE_IN_USE |= {f.name for config in (UseConfig, DecodingConfig) for f in fields(config)}
+BUDGETS = {"batch_size", "batch_tokens"}  # one of the two says how large a batch is
 FREE_IN_TEST = {"dataset", "dataset_config", "source_column", "target_column"}
 
 
@@ -167,8 +168,10 @@ def kind_of(f: Any) -> type:
 
 def build_parser() -> Parser:
     """One flag for each field of the settings classes; a flag that is not given is absent."""
+    defaults = vars(resolve({}))
     parser = Parser(
-        description="Trains the Transformer of Attention Is All You Need, and tests it.",
+        description="Trains the Transformer of Attention Is All You Need, and tests it. Defaults "
+        f"are those of {defaults['dataset']}; another data set has its own, or those of its task.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -182,7 +185,8 @@ def build_parser() -> Parser:
                 action = argparse.BooleanOptionalAction if negatable else "store_true"
                 group.add_argument(flag(f.name), action=action, help=text)
                 continue
-            default = f.metadata.get("unset", "none") if f.default is None else f.default
+            default = defaults[f.name]
+            default = f.metadata.get("unset", "none") if default is None else default
             limits = f"; {allowed(f.metadata)}" if allowed(f.metadata) else ""
             kind = kind_of(f).__name__.upper()
             metavar = {"INT": "N", "FLOAT": "X", "STR": f.name.split("_")[-1].upper()}[kind]
@@ -224,11 +228,11 @@ def resolve(given: dict[str, Any]) -> SimpleNamespace:
     defaults = {name: f.default for name, f in option_fields().items()}
     dataset = given.get("dataset", defaults["dataset"])
     task = given.get("task", RECIPES.get(dataset, {}).get("task", defaults["task"]))
-    recipe = dict(RECIPES.get(dataset) or RECIPES[RECIPE_OF_TASK.get(task, defaults["dataset"])])
-    if "model" in given:  # a size asked for by name is that size whole, not with a recipe's changes
-        recipe = {k: v for k, v in recipe.items() if k not in asdict(ModelConfig())}
-    if "batch_size" in given or "batch_tokens" in given:
-        recipe.pop("batch_size", None), recipe.pop("batch_tokens", None)
+    recipe = RECIPES.get(dataset) or RECIPES[RECIPE_OF_TASK.get(task, defaults["dataset"])]
+    replaced = set(BUDGETS) if BUDGETS & given.keys() else set()
+    if "model" in given:  # a size asked for by name is that size whole, without a recipe's changes
+        replaced |= asdict(ModelConfig()).keys()
+    recipe = {name: value for name, value in recipe.items() if name not in replaced}
     size = SIZES.get(given.get("model", recipe.get("model", defaults["model"])), ModelConfig())
     options = SimpleNamespace(**{**defaults, **asdict(size), **recipe, **given})
     if options.lr is None and options.d_model > 0 and options.warmup_steps > 0:
@@ -428,7 +432,8 @@ def use(given: dict[str, Any], problems: list[str]) -> None:
         raise BadInput(f"--test-only and --predict {given['predict']}: give one of the two")
     folder = RunFolder.find(given.get("run_dir"))
     config = folder.read_config()
-    options = SimpleNamespace(**{**saved_options(folder, config), **given})
+    budget = dict.fromkeys(BUDGETS) if BUDGETS & given.keys() else {}
+    options = SimpleNamespace(**{**saved_options(folder, config), **budget, **given})
     free = FREE_IN_USE | (FREE_IN_TEST if testing else set())
     problems = problems + [
         f"{flag(name)} {value}: is settled by the run in {folder.path}; leave it out"
