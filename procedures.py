@@ -328,11 +328,15 @@ def compile_first(
     plan = data.plan("train", seed=seed, epoch=1)[
         :2
     ]  # two, for the second shape makes sizes dynamic
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for batch in data.batches("train", plan, device):
-            with autocast(precision, device):
-                logits = runner(batch.src, batch.tgt_in)
-            loss_sums(logits, batch.tgt_out, 0.0)[0].backward()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for batch in data.batches("train", plan, device):
+                with autocast(precision, device):
+                    logits = runner(batch.src, batch.tgt_in)
+                loss_sums(logits, batch.tgt_out, 0.0)[0].backward()
+    except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, most of the time
+        reason = str(error).strip().splitlines()[0]
+        raise RunFailed(f"--compile: {reason}; install what is missing, or leave it out") from None
     runner.zero_grad(set_to_none=True)
     print(f"compiled in {time.perf_counter() - began:.1f} s")
 

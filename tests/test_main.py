@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import socket
@@ -992,3 +993,17 @@ def test_a_run_that_ends_before_its_first_loss_says_why(
     argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r"]
     assert main.main(argv) == status
     assert capsys.readouterr().err.strip().startswith(words)
+
+
+def test_compile_without_a_compiler_says_so_in_one_line(slice_of_reviews):
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--compile"]
+    process = subprocess.run(
+        [sys.executable, str(PROJECT / "main.py"), *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": "cache"},
+    )
+    assert process.returncode == 1
+    line = process.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: --compile: ") and "compiler" in line
+    assert "Traceback" not in process.stderr
