@@ -283,27 +283,29 @@ def train(
         log.progress.close()
 
         result = evaluate(model, data, "validation", device=device, precision=precision)
+        if not math.isfinite(result.loss):
+            raise RunFailed(
+                f"step {step}: the validation loss is {result.loss}; give a smaller --lr"
+            )
         better = best_epoch == 0 or result.rank > best
         if better:
             best, best_epoch = result.rank, epoch
             folder.save_weights(model)
         scores = {**result.scores, **inspect(epoch)}
-        event = {
-            "epoch": epoch,
-            "seconds": seconds,
-            "tokens": log.n_tokens,
-            "padding_share": data.padding_share("train", plan),
-            "train_loss": log.nll / log.n_targets,
-            "train_accuracy": log.n_correct / log.n_targets,
+        trained = {"loss": log.nll / log.n_targets, "accuracy": log.n_correct / log.n_targets}
+        folder.log(
+            event="epoch",
+            epoch=epoch,
+            seconds=seconds,
+            tokens=log.n_tokens,
+            padding_share=data.padding_share("train", plan),
+            **{f"train_{name}": value for name, value in trained.items()},
             **{f"validation_{name}": value for name, value in scores.items()},
-        }
-        folder.log(event="epoch", **event)
+        )
         print(
             f"epoch {epoch}: {seconds:.1f} s, {log.n_tokens / seconds:,.0f} tokens/s; "
-            f"training loss {event['train_loss']:.4f}, accuracy {event['train_accuracy']:.2%}; "
-            f"validation loss {result.loss:.4f}, accuracy {result.accuracy:.2%}"
-            + ", the best so far"
-            * better,
+            f"training {in_words(trained)}; validation {in_words(scores)}"
+            f"{', the best so far' if better else ''}",
             flush=True,
         )
         if config.average_checkpoints > 1:
