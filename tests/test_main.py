@@ -34,7 +34,8 @@ from models import SIZES, ModelConfig
 
 PROJECT = Path(main.__file__).parent
 TINY = (
-    "--device cpu --n-layers 1 --d-model 16 --d-ff 16 --n-heads 2 --epochs 2 --vocab-size 400"
+    "--device cpu --n-layers 1 --d-model 16 --d-ff 16 --n-heads 2 --epochs 2 --vocab-size 400 "
+    "--batch-size 32 --lr 1e-3 --warmup-steps 200 --schedule linear --average-checkpoints 1"
 ).split()
 N_TRAIN = 150
 RUN_FILES = {
@@ -163,7 +164,7 @@ def test_metrics_have_one_step_event_for_each_update(finished):
         for event in steps
     )
     assert [event["lr"] for event in steps] == pytest.approx(
-        [1e-3 * step / 200 for step in range(1, 2 * n_updates + 1)]  # of the recipe
+        [1e-3 * step / 200 for step in range(1, 2 * n_updates + 1)]
     )
     assert [event["epoch"] for event in epochs] == [1, 2]
     keys = {"seconds", "tokens", "padding_share", "train_loss", "validation_loss"}
