@@ -44,6 +44,12 @@ class TrainingConfig:
     label_smoothing: float = option(
         0.1, "share of the target spread over all classes", low=0.0, below=1.0
     )
+    r_drop: float = option(
+        0.0,
+        "alpha of R-Drop: each sentence is seen twice, and its two answers are drawn together",
+        low=0.0,
+        below=math.inf,
+    )
     weight_decay: float = option(
         0.0,
         "share of lr by which matrices shrink in an update (AdamW); 0 is Adam",
@@ -110,6 +116,18 @@ def loss_sums(logits: Tensor, tgt_out: Tensor, label_smoothing: float) -> tuple[
     return smoothed.sum(), nll.detach().sum()
 
 
+def disagreement_sum(logits: Tensor, tgt_out: Tensor) -> Tensor:
+    """(KL(p || q) + KL(q || p)) / 2, summed over the targets, in nats.
+
+    p is the first half of the batch and q the second: the same sentences under other dropout.
+    Source: R-Drop (arXiv 2106.14448), equation 2.
+    Shapes: logits (2 b, l_x, n), tgt_out (2 b, l_x), whose halves are alike; returns (), float32.
+    """
+    log_p, log_q = logits.float().log_softmax(dim=-1).chunk(2)  # (b, l_x, n)
+    both = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)  # (b, l_x)
+    return (both * (tgt_out.chunk(2)[0] != NO_TARGET)).sum() / 2
+
+
 # ----------------------------------------------------------------------------------------- training
 
 
@@ -139,6 +157,7 @@ def train_step(
     lr: float,
     max_norm: float,
     label_smoothing: float,
+    r_drop: float = 0.0,
 ) -> Tensor:
     """One update. Returns (2,), still on the device, so that no step waits for it: the sum over the
     update's targets of the cross-entropy without smoothing, in nats, and how many were right.
@@ -147,13 +166,18 @@ def train_step(
     one are the same update.
     """
     n_targets = sum(batch.n_targets for batch in micro_batches)
+    n_times = 2 if r_drop else 1
     sums = []
     for batch in micro_batches:
+        src, tgt_in = batch.src.repeat(n_times, 1), batch.tgt_in.repeat(n_times, 1)
+        tgt_out = batch.tgt_out.repeat(n_times, 1)
         with precision:
-            logits = model(batch.src, batch.tgt_in)  # (b, l_x, n)
-        loss_sum, nll_sum = loss_sums(logits, batch.tgt_out, label_smoothing)
-        scaler.scale(loss_sum / n_targets).backward()
-        sums.append(torch.stack((nll_sum, count_correct(logits, batch.tgt_out))))
+            logits = model(src, tgt_in)  # (b, l_x, n)
+        loss_sum, nll_sum = loss_sums(logits, tgt_out, label_smoothing)
+        if r_drop:
+            loss_sum = loss_sum + r_drop * disagreement_sum(logits, tgt_out)
+        scaler.scale(loss_sum / (n_times * n_targets)).backward()
+        sums.append(torch.stack((nll_sum, count_correct(logits, tgt_out))) / n_times)
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)  # before clipping, or max_norm means nothing
@@ -275,6 +299,7 @@ def train(
                 lr=lr,
                 max_norm=config.max_norm,
                 label_smoothing=config.label_smoothing,
+                r_drop=config.r_drop,
             )
             log.add(step, lr, micro_batches, sums)
         synchronize(device)

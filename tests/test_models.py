@@ -41,7 +41,15 @@ from models import (
     count_parameters,
     padding_mask,
 )
-from procedures import average, build_optimizer, loss_sums, lr_at, paper_lr, train_step
+from procedures import (
+    average,
+    build_optimizer,
+    disagreement_sum,
+    loss_sums,
+    lr_at,
+    paper_lr,
+    train_step,
+)
 
 PAD, BOS, EOS, N_VOCAB, N_CLASSES = 0, 1, 2, 17, 5
 SMALL = ModelConfig(n_layers=2, d_model=12, d_ff=20, n_heads=3, dropout=0.0)
@@ -656,3 +664,32 @@ def test_average_is_the_mean_of_each_weight():
     for name, p in mean.items():
         a, b, c = (model.state_dict()[name] for model in models)
         assert_close(p, (a + b + c) / 3, rtol=1e-12, atol=1e-12)
+
+
+def test_disagreement_is_the_mean_of_both_divergences_over_the_targets():
+    halves = torch.randn(2, 3, 4, 7)
+    tgt_out = torch.tensor([[3, 0, 6, 1], [1, 5, NO_TARGET, NO_TARGET], [2] + 3 * [NO_TARGET]])
+    p, q = (half.log_softmax(-1)[tgt_out != NO_TARGET] for half in halves)
+    there, back = (
+        F.kl_div(a, b, log_target=True, reduction="sum").item() for a, b in ((q, p), (p, q))
+    )
+    said = disagreement_sum(halves.flatten(0, 1), tgt_out.repeat(2, 1))
+    assert said.item() == pytest.approx((there + back) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("dropout, agree", [(0.0, True), (0.3, False)])
+def test_r_drop_without_dropout_is_the_same_update(dropout, agree):
+    weights = []
+    for r_drop in (0.0, 5.0):
+        torch.manual_seed(0)
+        config = ModelConfig(n_layers=1, d_model=16, d_ff=16, n_heads=2, dropout=dropout)
+        model = Transformer(config, n_vocab=11, max_len=9, pad_id=0)
+        ids = torch.randint(3, 11, (3, 5))
+        batch = Batch(ids, ids, ids, n_targets=15, n_tokens=30)
+        optimizer = torch.optim.SGD(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        rates = {"lr": 0.1, "max_norm": 1e9, "label_smoothing": 0.1, "r_drop": r_drop}
+        sums = train_step(model, [batch], optimizer, scaler, contextlib.nullcontext(), **rates)
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        assert 0 < sums[0].item() / 15 < 10
+    assert torch.allclose(*weights, atol=1e-6) == agree
