@@ -158,9 +158,13 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+DIGEST_VERSION = 1  # to be raised when rows, ids or plans are made in another way than before
+
+
 def digest(*parts: Any) -> str:
-    """16 hex digits that stand for the parts."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex digits that stand for the parts; what is kept on disk is found by them."""
+    text = json.dumps([DIGEST_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------- run folders

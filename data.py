@@ -299,7 +299,8 @@ def to_arrow(
             rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        raise (error.__cause__ if isinstance(error.__cause__, BadInput) else error) from None
+        told = isinstance(error.__cause__, BadInput | OSError)
+        raise (error.__cause__ if told else error) from None
 
 
 def checksum(file: Path) -> str:
@@ -321,7 +322,8 @@ def load_files(path: Path, columns: dict[str, str]) -> dict[str, "Dataset"]:
 def has_card(folder: Path) -> bool:
     """Whether a folder is laid out like one of the Hub, where a card says which file is what."""
     card = folder / "README.md"
-    return card.is_file() and re.match(r"---\n(.*\n)*?configs:", card.read_text("utf-8", "replace"))
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    return re.match(r"---\n(.*\n)*?configs:", text) is not None
 
 
 def load_tables(
