@@ -223,7 +223,11 @@ class RunFolder:
 
     def create(self) -> None:
         """Makes the folder; of a run that was there before, no file of ours stays."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"cannot be made ({error.strerror})"
+            raise BadInput(f"--run-dir {self.path}: {reason}; give another folder") from None
         for name in (value for key, value in vars(RunFolder).items() if key.isupper()):
             (self.path / name).unlink(missing_ok=True)
 
@@ -276,7 +280,8 @@ class RunFolder:
             load_model(model, path, device=str(device))
         except (SafetensorError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{path}: not the weights of this run ({reason})") from None
+            remedy = "take another run, or train anew"
+            raise BadInput(f"{path}: not the weights of this run ({reason}); {remedy}") from None
 
     def _replace(self, name: str, text: str) -> None:
         temporary = self.path / (name + ".tmp")

@@ -241,7 +241,7 @@ class LayerNorm(nn.Module):
 class FeedForward(nn.Module):
     """W_2 act(W_1 x + b_1) + b_2, the same at each position.
 
-    Source: FA, Algorithm 8, lines 8 and 21 (W_mlp1, W_mlp2); AIAYN, section 3.3, equation 2.
+    Source: FA, Algorithm 8 (W_mlp1 and W_mlp2, W_mlp3 and W_mlp4); AIAYN, section 3.3, equation 2.
     Shapes: X (..., d_model); returns the same; in between (..., d_ff).
     """
 

@@ -1,6 +1,7 @@
 """Data sets, tokenizers, batches: text becomes ids, ids a plan of batches, a plan tensors."""
 
 import csv
+import difflib
 import gzip
 import hashlib
 import json
@@ -162,6 +163,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }
+FILE_ENDINGS = {*READERS, ".json", ".txt", ".zip", ".xlsx", ".xls", ".ods", ".doc", ".docx"}
 FORMATS = ".parquet, or .csv, .tsv, .jsonl, plain or with .gz behind"
 
 
@@ -247,7 +249,9 @@ def select(
                 value = column(row, name)
             except KeyError:
                 there = ", ".join(column_names(row))
-                remedy = f"name one with {flag(side + '_column')}"
+                remedy = f"name one with {flag(side + '_column')}, if the first line names columns"
+                if len(row) == 1 and re.search("[;|\t]", there):
+                    remedy = "separate the columns of a .csv by commas, of a .tsv by tabs"
                 raise BadInput(f"{place}: no column {name}, only {there}; {remedy}") from None
             text = "" if value is None else str(value).strip()
             if not text.isascii() and re.search("[\ud800-\udfff]", text):
@@ -304,9 +308,25 @@ def to_arrow(
 
 
 def checksum(file: Path) -> str:
-    """What tells a file's content from any other."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    """What tells a file's content from any other. Raises BadInput if it cannot be read."""
+    try:
+        with open(file, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput(f"{file}: {error.strerror}; give a file that can be read") from None
+
+
+def without_network() -> bool:
+    """Whether the Hub is out of reach; then the libraries are told, and do not try for a minute."""
+    import datasets
+    from huggingface_hub import constants
+
+    if not urllib.request.getproxies() and not constants.HF_HUB_OFFLINE:
+        try:
+            socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    return constants.HF_HUB_OFFLINE
 
 
 def load_files(path: Path, columns: dict[str, str]) -> dict[str, "Dataset"]:
@@ -334,18 +354,13 @@ def load_tables(
     No code that comes with the data is run.
     """
     import datasets
-    from huggingface_hub import constants
 
     content = cache = None
     if path.is_dir():
         # The library knows a folder by its name and card, and would give what it held before.
         content = digest([[str(f), checksum(f)] for f in sorted(path.rglob("*")) if f.is_file()])
         cache = Path(datasets.config.HF_DATASETS_CACHE, f"rhea-{content}")
-    elif not urllib.request.getproxies():
-        try:
-            socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
-        except OSError:  # no network: take what was fetched before, without a minute of retries
-            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    offline = content is None and without_network()
     try:
         source = str(path) if content else name
         return datasets.load_dataset(source, config_name, cache_dir=cache), content
@@ -353,10 +368,14 @@ def load_tables(
         reason = " ".join(str(error).split())[:300]
         if content:
             raise BadInput(f"--dataset {name}: {reason}; mend its README.md or files") from None
+        reason = "no network, and not fetched before" if offline else reason
+        near = difflib.get_close_matches(name, embedded(), 1)
+        remedy = (
+            f"did you mean {near[0]}?" if near else "check the name, or fetch it with a network:"
+        )
         raise BadInput(
             f"--dataset {name}: no file or folder here, not embedded (as {', '.join(embedded())} "
-            f"is), nor does the Hub give it ({reason}); check the name, or fetch it on a machine "
-            f"with a network: hf download --repo-type dataset {name}"
+            f"is), not on the Hub ({reason}); {remedy} hf download --repo-type dataset {name}"
         ) from None
 
 
@@ -425,9 +444,13 @@ def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> dict[str,
     columns = {key: getattr(config, key) for key in ("source_column", "target_column", "task")}
     path = ASSETS / name if name in embedded() else Path(name).expanduser()
     asks_hub = path.is_dir() and (config.dataset_config or has_card(path))
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and file_format(path) not in FILE_ENDINGS
+    if config.dataset_config and (path.is_file() or name in embedded()):
+        told = f"--dataset-config {config.dataset_config}"
+        raise BadInput(f"{told}: is for a data set of the Hub, not {name}; leave it out")
     if path.exists() and not asks_hub:
         splits = load_files(path, columns)
-    elif path.exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    elif path.exists() or is_hub_id:
         splits = load_hub(path, name, config.dataset_config, columns)
     else:
         known = ", ".join(embedded())
@@ -451,7 +474,8 @@ def class_names(splits: dict[str, "Dataset"]) -> list[str]:
         raise BadInput(f"--target-column: every training sentence is {names[0]}; give two classes")
     if len(names) > max(100, n / 2):
         raise BadInput(
-            f"--target-column: {len(names)} labels in {n} rows; name a column of classes"
+            f"--target-column: {len(names)} labels in {n} rows; name a column of classes, or "
+            "--task translation"
         )
     return names
 
@@ -550,8 +574,11 @@ def read_tokenizer(name: str) -> TextCodec:
     """A tokenizer.json, or the one of an id on the Hub. Raises BadInput."""
     path = Path(name).expanduser()
     try:
-        there = path.exists()
-        tokenizer = Tokenizer.from_file(str(path)) if there else Tokenizer.from_pretrained(name)
+        if path.exists() or name.endswith(".json"):
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            without_network()
+            tokenizer = Tokenizer.from_pretrained(name)
         codec = as_codec(tokenizer)
         codec.encode(["\N{SNOWMAN}"])  # fails if what the tokenizer does not know has no id
     except Exception as error:  # the library raises plain Exceptions
@@ -674,7 +701,10 @@ class TextData:
         for name in texts.unique("target") if classes else []:
             if name not in classes:
                 known = ", ".join(classes[:20])
-                raise BadInput(f"label {name} of the {split} split: training has only {known}")
+                remedy = "take out its rows, or put some into the training split"
+                raise BadInput(
+                    f"label {name} of the {split} split: the model knows only {known}; {remedy}"
+                )
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list]:
             src = codec.encode(batch["source"])

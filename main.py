@@ -10,6 +10,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -374,11 +375,24 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
         title = f"{options.dataset}, {facts['parameters'] / 1e6:.1f} M parameters"
         draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
     test(predictor, data, folder)
-    seconds = [m["seconds"] for m in folder.read_metrics() if m["event"] == "epoch"]
-    print(
-        f"one training epoch: {statistics.median(seconds):.2f} s, the median of {len(seconds)} "
-        f"({min(seconds):.2f} to {max(seconds):.2f})\nrun folder: {folder.path}"
-    )
+    epochs = [m for m in folder.read_metrics() if m["event"] == "epoch"]
+    whole = [m["seconds"] for m in epochs if m["updates"] == m["updates_of_an_epoch"]]
+    if whole:
+        print(
+            f"one training epoch: {statistics.median(whole):.2f} s, the median of {len(whole)} "
+            f"({min(whole):.2f} to {max(whole):.2f})"
+        )
+    else:
+        n, n_whole, seconds = (
+            epochs[0]["updates"],
+            epochs[0]["updates_of_an_epoch"],
+            epochs[0]["seconds"],
+        )
+        print(
+            f"{n} of the {n_whole} updates of a training epoch: {seconds:.2f} s; a whole one would "
+            f"take about {seconds * n_whole / n:.0f} s"
+        )
+    print(f"run folder: {folder.path}")
 
 
 def inspect(predictor: Predictor, data: TextData, n_epochs: int, epoch: int) -> dict[str, float]:
@@ -390,8 +404,9 @@ def inspect(predictor: Predictor, data: TextData, n_epochs: int, epoch: int) -> 
     search = replace(predictor.search, beam_size=1)
     answers = replace(predictor, search=search).answers(rows["source"])
     hypotheses = [answer[0] if answer else "" for answer in answers]
-    for source, reference, hypothesis in list(zip(rows["source"], rows["target"], hypotheses))[:2]:
-        print(f"  source      {source}\n  reference   {reference}\n  hypothesis  {hypothesis}")
+    for texts in list(zip(rows["source"], rows["target"], hypotheses))[:2]:
+        for name, text in zip(("source", "reference", "hypothesis"), texts):
+            print(f"  {name:<11} {textwrap.shorten(text, 200, placeholder=' …')}")
     return {"bleu": translation_scores(hypotheses, rows["target"])["bleu"]} if scored else {}
 
 
@@ -491,10 +506,10 @@ def predict(predictor: Predictor, name: str) -> None:
         n_cut += length > predictor.max_length
         print(text, flush=typed)
     if n_blank:
-        print(f"warning: {n_blank} blank lines, answered with blank lines", file=sys.stderr)
+        print(f"warning: blank lines: {n_blank}, answered with blank lines", file=sys.stderr)
     if n_cut:
         longest = predictor.max_length
-        print(f"warning: {n_cut} lines over {longest} tokens were cut there", file=sys.stderr)
+        print(f"warning: lines cut to {longest} tokens: {n_cut}", file=sys.stderr)
 
 
 def run(given: dict[str, Any], problems: list[str]) -> None:

@@ -84,7 +84,7 @@ def causal_mask(length: int, device: torch.device) -> Tensor:
 class EncoderLayer(nn.Module):
     """Self-attention, then feed-forward, each wrapped as layer_norm(Z + dropout(sublayer(Z))).
 
-    Source: AIAYN, section 3.1 and 5.4; FA, Algorithm 8, lines 5 to 9.
+    Source: AIAYN, section 3.1 and 5.4; FA, Algorithm 8, the encoder's loop.
     Shapes: Z (b, l_z, d), Mask -> (b, h, l_z, l_z) bool; returns (b, l_z, d).
     """
 
@@ -107,7 +107,7 @@ class DecoderLayer(nn.Module):
     """Masked self-attention, attention to the encoder's output, feed-forward, each wrapped as in
     the encoder.
 
-    Source: AIAYN, section 3.1 and 5.4; FA, Algorithm 8, lines 14 to 22.
+    Source: AIAYN, section 3.1 and 5.4; FA, Algorithm 8, the decoder's loop.
     Shapes: X (b, l_x, d), memory (b, l_z, d), Mask -> (b, h, l_x, l_x) and memory_Mask -> (b, h,
     l_x, l_z) bool; returns (b, l_x, d).
     """
@@ -279,6 +279,8 @@ class TransformerClassifier(EncoderDecoder):
     """logits = W_c trunk(src, tgt_in) + b_c, with the start token alone as tgt_in: one vector, so
     one row of logits.
 
+    The decoder's self-attention then has that token alone to look at: its W_q and W_k are there, as
+    the trunk is the translator's, but get no gradient.
     Shapes: src (b, l_z), tgt_in (b, 1) int64; returns (b, 1, n_classes).
     """
 

@@ -4,6 +4,7 @@ Source of the training rules: *Attention Is All You Need* (AIAYN, arXiv 1706.037
 """
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -266,6 +267,12 @@ def train(
     """
     n_updates = math.ceil(len(data.plan("train", seed=seed, epoch=1)) / config.accumulate)
     n_steps = min(config.epochs * n_updates, config.max_steps or config.epochs * n_updates)
+    if n_steps <= config.warmup_steps:
+        print(
+            f"warning: {n_steps} updates in all, and --warmup-steps {config.warmup_steps}: the "
+            "learning rate never reaches its height; give more --epochs or fewer --warmup-steps",
+            file=sys.stderr,
+        )
     optimizer = build_optimizer(model, weight_decay=config.weight_decay)
     scaler = grad_scaler(precision, device)
     runner = torch.compile(model, dynamic=True) if compiled else model
@@ -322,6 +329,8 @@ def train(
             event="epoch",
             epoch=epoch,
             seconds=seconds,
+            updates=n_here,
+            updates_of_an_epoch=n_updates,
             tokens=log.n_tokens,
             padding_share=data.padding_share("train", plan),
             **{f"train_{name}": value for name, value in trained.items()},
@@ -611,8 +620,13 @@ class Predictor:
             ids = beam_search(self.model, src, **ends, beam_size=k, alpha=alpha)
         return [text.strip() for text in self.codec.tokenizer.decode_batch(ids)]
 
-    def attention(self, source: str, target: str) -> tuple[list[str], list[str], np.ndarray]:
-        """Source tokens, target tokens, and weights[target, source] of the last decoder layer."""
+    def attention(
+        self, source: str, target: str, longest: int = 40
+    ) -> tuple[list[str], list[str], np.ndarray]:
+        """Source tokens, target tokens, and weights[target, source] of the last decoder layer.
+
+        Of each side the first tokens alone, longest at most, or a picture could not be read.
+        """
         src, tgt = (row + [self.codec.eos_id] for row in self.codec.encode([source, target]))
         tgt_in = [self.codec.bos_id] + tgt[:-1]
         src_ids, tgt_ids = (torch.tensor([row], device=self.device) for row in (src, tgt_in))
@@ -620,7 +634,8 @@ class Predictor:
             weights = self.model.cross_attention(src_ids, tgt_ids)[0]  # (l_x, l_z)
         decode = self.codec.tokenizer.decode
         words = [[decode([i], skip_special_tokens=False) for i in row] for row in (src, tgt)]
-        return *words, weights.float().cpu().numpy()
+        source, target = (row[:longest] for row in words)
+        return source, target, weights[:longest, :longest].float().cpu().numpy()
 
 
 def translation_scores(hypotheses: list[str], references: list[str]) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def test_predict_answers_each_line_in_order_whatever_the_batch_size(run_copy, ca
     given = [answer for answer in together if answer]
     assert all(label in ("negative", "positive") and 0.5 <= p <= 1 for label, p in given)
     assert len({p for _, p in given}) > 1
-    assert "warning: 2 blank lines" in err and "warning: 1 lines over 256 tokens" in err
+    assert "blank lines: 2" in err and "lines cut to 256 tokens: 1" in err
 
     assert main.main([*argv, "--batch-size", "1"]) == 0
     alone = answers(capsys.readouterr().out)
@@ -266,6 +266,7 @@ def test_predicting_needs_the_run_folder_alone_and_reads_standard_input(tmp_path
     shutil.rmtree("data")
     Path("elsewhere").mkdir()
     moved = shutil.move("run", "elsewhere/moved")
+    capsys.readouterr()
     assert main.main(["--run-dir", moved, "--predict", "in.txt"]) == 0
     from_file = capsys.readouterr()
     piped = subprocess.run(
@@ -277,7 +278,7 @@ def test_predicting_needs_the_run_folder_alone_and_reads_standard_input(tmp_path
     assert piped.returncode == 0
     assert piped.stdout.decode() == from_file.out
     assert piped.stderr.decode() == from_file.err
-    assert from_file.out.count("\n") == 3 and "1 blank lines" in from_file.err
+    assert from_file.out.count("\n") == 3 and "blank lines: 1" in from_file.err
 
 
 def test_predict_of_an_empty_file_answers_nothing(run_copy, capsys):
@@ -529,6 +530,7 @@ MAY_BE_ZERO = {
     "--label-smoothing",
     "--weight-decay",
     "--length-penalty",
+    "--r-drop",
 }
 
 
@@ -698,6 +700,13 @@ DATA_REFUSED = {
     "missing file": ({}, "./missing.csv", ["--dataset ./missing.csv", "rotten_tomatoes"]),
     "another kind of file": ({"d.txt": SOME}, "d.txt", ["--dataset d.txt", ".csv", ".parquet"]),
     "folder without data": ({"d/x.txt": b""}, "d", ["--dataset d", ".csv", "add one"]),
+    "file of a Hub's name": ({}, "missing.csv", ["missing.csv", "no such file"]),
+    "semicolons": (
+        {"d.csv": SOME.replace(b",", b";")},
+        "d.csv",
+        ["d.csv", "only text;label", "commas"],
+    ),
+    "name almost right": ({}, "rotten-tomatoes", ["did you mean rotten_tomatoes?"]),
     "folder without training": (
         {"d/test.csv": SOME},
         "d",
@@ -865,7 +874,7 @@ USE_REFUSED = {
     ),
     "unknown label": (
         "--test-only --dataset few.csv --run-dir copy",
-        ["of the test split", "training has only negative"],
+        ["of the test split", "the model knows only negative"],
     ),
     "batch size": ("--predict in.txt --batch-size 0 --run-dir copy", ["--batch-size 0"]),
 }
@@ -993,7 +1002,7 @@ def test_a_run_that_ends_before_its_first_loss_says_why(
     monkeypatch.setattr(procedures, "train_step", fails)
     argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r"]
     assert main.main(argv) == status
-    assert capsys.readouterr().err.strip().startswith(words)
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(words)
 
 
 def test_compile_without_a_compiler_says_so_in_one_line(slice_of_reviews):
@@ -1008,3 +1017,17 @@ def test_compile_without_a_compiler_says_so_in_one_line(slice_of_reviews):
     line = process.stderr.strip().splitlines()[-1]
     assert line.startswith("error: --compile: ") and "compiler" in line
     assert "Traceback" not in process.stderr
+
+
+def test_a_run_too_short_for_its_warm_up_says_so_and_what_an_epoch_would_take(
+    slice_of_reviews, capsys
+):
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--max-steps", "2"]
+    assert main.main(argv) == 0
+    said = capsys.readouterr()
+    assert "warning: 2 updates in all, and --warmup-steps 200" in said.err
+    assert f"2 of the {math.ceil(N_TRAIN / 32)} updates of a training epoch" in said.out
+    assert "one training epoch" not in said.out
+    assert main.main([*argv[:-2], "--overwrite", "--warmup-steps", "3"]) == 0
+    said = capsys.readouterr()
+    assert "warning" not in said.err and "one training epoch: " in said.out

@@ -264,3 +264,10 @@ def test_bleu_is_what_the_command_of_sacrebleu_says_of_the_files(tmp_path, capsy
         assert 0 < test[name] < 100
         assert float(said.stdout) == pytest.approx(test[name], abs=1e-4)
     assert f"version:{sacrebleu.__version__}" in test["signature"]
+
+
+def test_a_translation_without_end_is_drawn_no_larger_than_can_be_read(tmp_path):
+    toy_corpus(tmp_path, list, n=100)
+    assert translate_toy(tmp_path, "--max-steps", "1", "--beam-size", "1") == 0
+    assert max(map(len, (tmp_path / "run/test.hypotheses.txt").read_text().splitlines())) > 40
+    assert max(imread(tmp_path / "run" / "attention.png").shape) < 5000
