@@ -240,7 +240,7 @@ def resolve(given: dict[str, Any]) -> SimpleNamespace:
     recipe = {name: value for name, value in recipe.items() if name not in replaced}
     size = SIZES.get(given.get("model", recipe.get("model", defaults["model"])), ModelConfig())
     options = SimpleNamespace(**{**defaults, **asdict(size), **recipe, **given})
-    if options.lr is None and options.d_model > 0 and options.warmup_steps > 0:
+    if options.lr is None:
         options.lr = paper_lr(d_model=options.d_model, warmup_steps=options.warmup_steps)
     return options
 
