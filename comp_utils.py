@@ -7,20 +7,17 @@ import os
 import platform
 import random
 import re
-import shutil
+import signal
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
 
 
 class BadInput(ValueError):
@@ -119,6 +116,14 @@ def grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had no room left; some allocators have no class for it."""
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+    )
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for the device to finish what it was given, so that a clock read afterwards tells the
     truth."""
@@ -151,8 +156,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def set_seed(seed: int) -> None:
-    """Seeds every generator that initialisation, dropout and libraries draw from. Batch plans have
-    their own."""
+    """Seeds every generator that initialisation and libraries draw from. Batch plans have their
+    own, and dropout is seeded anew for each micro-batch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -167,126 +172,54 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# -------------------------------------------------------------------------------------- run folders
+# ------------------------------------------------------------------------------------------ signals
 
 
-class RunFolder:
-    """The folder that alone is enough to test, predict, or compare with: see the README's table of
-    its files."""
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM asked the run to end."""
 
-    CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
-    WEIGHTS, CURVES = "best.safetensors", "curves.png"
-    CONFUSION, ATTENTION = "confusion.png", "attention.png"
-    HYPOTHESES, REFERENCES = "test.hypotheses.txt", "test.references.txt"
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    @classmethod
-    def plan(cls, run_dir: str | None, dataset: str, overwrite: bool) -> "RunFolder":
-        """Chooses the folder of a new run, and writes nothing. Raises BadInput if it is taken."""
-        if run_dir is None:
-            name = re.sub(r"[^\w.-]+", "_", Path(dataset).name) or "data"
-            path = Path("runs", name, datetime.now().strftime("%Y%m%d-%H%M%S"))
-            return cls(path.with_name(f"{path.name}-{os.getpid()}") if path.exists() else path)
-        path = Path(run_dir).expanduser()
-        ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
-        if not ancestor.is_dir():
-            raise BadInput(f"--run-dir {run_dir}: {ancestor} is a file; give a folder")
-        if not os.access(ancestor, os.W_OK):
-            raise BadInput(f"--run-dir {run_dir}: may not be written; give another folder")
-        if path.is_dir() and any(path.iterdir()):
-            if not (path / cls.CONFIG).exists():
-                raise BadInput(
-                    f"--run-dir {run_dir}: the folder holds no run, but other files; give another"
-                )
-            if not overwrite:
-                raise BadInput(
-                    f"--run-dir {run_dir}: holds a run; give another folder, or --overwrite"
-                )
-        return cls(path)
+class StopSignals:
+    """Inside this context Ctrl-C and SIGTERM raise Stopped, and a second one ends the process.
 
-    @classmethod
-    def find(cls, run_dir: str | None) -> "RunFolder":
-        """The folder of a run that is there. Raises BadInput."""
-        if run_dir is None:
-            runs = sorted(Path("runs").glob(f"*/*/{cls.CONFIG}"), key=lambda p: p.stat().st_mtime)
-            hint = f", for example {runs[-1].parent}" if runs else ""
-            raise BadInput(f"--run-dir: say which run's model to use{hint}")
-        folder = cls(Path(run_dir).expanduser())
-        for name in (cls.CONFIG, cls.TOKENIZER, cls.WEIGHTS):
-            if not (folder.path / name).is_file():
-                raise BadInput(
-                    f"--run-dir {run_dir}: no finished run, {name} is missing; give another"
-                )
-        return folder
+    Inside `held()` the first one waits for its end, so that what is done there is done whole.
+    """
 
-    def create(self) -> None:
-        """Makes the folder; of a run that was there before, no file of ours stays."""
+    def __init__(self) -> None:
+        self.held_back, self.received = False, 0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, _: Any) -> None:
+        if self.received:
+            os._exit(128 + signum)
+        self.received = signum
+        if not self.held_back:
+            raise Stopped(signum)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is done in here is done whole."""
+        self.held_back = True
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"cannot be made ({error.strerror})"
-            raise BadInput(f"--run-dir {self.path}: {reason}; give another folder") from None
-        for name in (value for key, value in vars(RunFolder).items() if key.isupper()):
-            (self.path / name).unlink(missing_ok=True)
+            yield
+        finally:
+            self.held_back = False
+        if self.received:  # in here, or where Python drops what a signal raises, as in __del__
+            raise Stopped(self.received)
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        """config.json."""
-        self._replace(self.CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
-    def write_tokenizer(self, text: str) -> None:
-        """tokenizer.json."""
-        self._replace(self.TOKENIZER, text)
-
-    def write_lines(self, name: str, lines: list[str]) -> None:
-        """A text file with a line each, for other programs to read."""
-        self._replace(name, "".join(line + "\n" for line in lines))
-
-    def read_config(self) -> dict[str, Any]:
-        """config.json. Raises BadInput if it is none."""
-        try:
-            config = json.loads((self.path / self.CONFIG).read_text(encoding="utf-8"))
-            options, classes = config["options"], config["classes"]
-            if not isinstance(options, dict) or not isinstance(classes, list | None):
-                raise TypeError("options or classes have another type")
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{self.path / self.CONFIG}: not written by rhea ({error})") from None
-        return config
-
-    def log(self, **event: Any) -> None:
-        """One line more in metrics.jsonl, flushed at once."""
-        with open(self.path / self.METRICS, "a", encoding="utf-8") as out:
-            out.write(json.dumps(event) + "\n")
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        path = self.path / self.METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def save_weights(self, model: nn.Module) -> None:
-        """best.safetensors: whole, or as it was before."""
-        temporary = self.path / (self.WEIGHTS + ".tmp")
-        save_model(model, str(temporary))
-        shutil.copymode(self.path / self.CONFIG, temporary)  # the library lets none but us read it
-        os.replace(temporary, self.path / self.WEIGHTS)
-
-    def load_weights(self, model: nn.Module, device: torch.device) -> None:
-        """Fills a model from best.safetensors. Raises BadInput if the weights are another
-        model's."""
-        path = self.path / self.WEIGHTS
-        try:
-            load_model(model, path, device=str(device))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            remedy = "take another run, or train anew"
-            raise BadInput(f"{path}: not the weights of this run ({reason}); {remedy}") from None
-
-    def _replace(self, name: str, text: str) -> None:
-        temporary = self.path / (name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+# ---------------------------------------------------------------------------------------- progress
 
 
 class Progress:
@@ -294,11 +227,13 @@ class Progress:
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, n_steps: int, title: str) -> None:
+    def __init__(self, n_steps: int, title: str, n_done: int = 0) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=n_steps, desc=title, unit="step", leave=False, disable=None)
-        self.title, self.n_steps, self.n_done = title, n_steps, 0
+        self.bar = tqdm(
+            total=n_steps, initial=n_done, desc=title, unit="step", leave=False, disable=None
+        )
+        self.title, self.n_steps, self.n_done = title, n_steps, n_done
         self.said = time.perf_counter()
 
     def update(self, n: int, facts: str) -> None:

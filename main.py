@@ -8,13 +8,17 @@ import argparse
 import difflib
 import math
 import os
+import shlex
+import signal
 import statistics
 import sys
 import textwrap
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,12 +30,14 @@ from tqdm import tqdm
 from comp_utils import (
     BadInput,
     RunFailed,
-    RunFolder,
+    Stopped,
+    StopSignals,
     allowed,
     draw_attention,
     draw_confusion,
     draw_curves,
     flag,
+    is_out_of_memory,
     limit_problem,
     machine_facts,
     option,
@@ -50,18 +56,10 @@ from data import (
     read_tokenizer,
     trains_tokenizer,
 )
+from decoding import EXTRA_LENGTH, DecodingConfig, Predictor, translation_scores
 from models import SIZES, ModelConfig, Transformer, TransformerClassifier, count_parameters
-from procedures import (
-    EXTRA_LENGTH,
-    DecodingConfig,
-    Predictor,
-    TrainingConfig,
-    evaluate,
-    in_words,
-    paper_lr,
-    train,
-    translation_scores,
-)
+from procedures import Trainer, TrainingConfig, evaluate, in_words, paper_lr
+from run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class RunConfig:
     compile: bool = option(False, "let torch.compile make kernels for this model first")
     seed: int = option(0, "of weights, dropout, batch order", low=0, below=2**63)
     run_dir: str | None = option(None, "folder of the run", unset="runs/DATASET/TIME")
+    resume: bool = option(False, "go on with the run in --run-dir from its last checkpoint")
     overwrite: bool = option(False, "take the place of a run that --run-dir holds")
 
 
@@ -148,6 +147,14 @@ FREE_IN_USE = {"run_dir", "device", "precision", "num_workers", "batch_size", "b
 FREE_IN_USE |= {f.name for config in (UseConfig, DecodingConfig) for f in fields(config)}
 BUDGETS = {"batch_size", "batch_tokens"}  # one of the two says how large a batch is
 FREE_IN_TEST = {"dataset", "dataset_config", "source_column", "target_column"}
+# What may not be said anew when a run is resumed, for it would be another run. The data may have
+# been moved: whether they are the same, their fingerprint tells.
+SETTLED = {
+    f.name
+    for config in (DataConfig, TokenizerConfig, SizeConfig, ModelConfig)
+    for f in fields(config)
+} | {"seed"}
+SETTLED -= {"dataset", "num_workers", "dropout", "attention"}
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -316,22 +323,30 @@ def predictor_of(
 
 
 def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
-    """One run, from text to test result."""
-    options = resolve(given)
-    device, folder = check(
-        options,
-        given,
-        problems,
-        lambda: pick_device(options.device, options.precision),
-        lambda: RunFolder.plan(options.run_dir, options.dataset, options.overwrite),
-    )
+    """One run, new or resumed, from text to test result."""
+    if given.get("resume"):
+        folder, config, options, changes = resumed(given, problems)
+        (device,) = check(options, {}, [], lambda: pick_device(options.device, options.precision))
+    else:
+        options, config, changes = resolve(given), None, []
+        device, folder = check(
+            options,
+            given,
+            problems,
+            lambda: pick_device(options.device, options.precision),
+            lambda: RunFolder.plan(options.run_dir, options.dataset, options.overwrite),
+        )
     set_seed(options.seed)
     splits = load_splits(part(DataConfig, options))
     classifies = options.task == "classification"
     classes = class_names(splits) if classifies else None
     columns = ["source"] if classifies else ["source", "target"]
-    tokenizer = part(TokenizerConfig, options)
-    codec = get_tokenizer(tokenizer, options.dataset, splits["train"], columns)
+    if config:
+        codec = read_tokenizer(str(folder.path / folder.TOKENIZER))
+    else:
+        codec = get_tokenizer(
+            part(TokenizerConfig, options), options.dataset, splits["train"], columns
+        )
     data = TextData(part(DataConfig, options), splits, codec, classes)
     model = build_model(options, codec, classes).to(device)
     facts = {
@@ -342,25 +357,15 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
         "processes": 1,
         **machine_facts(device),
     }
-    folder.create()
-    folder.write_tokenizer(codec.tokenizer.to_str(pretty=True))
-    folder.write_config({"options": vars(options), **facts})
-    targets = ", ".join(c[:20] for c in classes[:10]) if classes else options.target_column
-    print(
-        f"{facts['device_name']} ({device.type}), {facts['threads']} threads, "
-        f"torch {facts['torch']}, {options.precision}\n"
-        f"{options.task}, {options.dataset}: {options.source_column} -> {targets}"
-    )
-    for split in data.rows:
-        print("  " + data.report(split))
-    print(
-        f"tokenizer of {codec.n_vocab:,} tokens; model of {facts['parameters']:,} parameters\n"
-        f"batch plan {facts['plan_fingerprint']}; run folder {folder.path}",
-        flush=True,
-    )
-    predictor = predictor_of(options, model, codec, classes, device)
-    try:
-        train(
+    for name in ("classes", "data_fingerprint", "plan_fingerprint") if config else ():
+        if facts[name] != config.get(name):
+            raise BadInput(
+                f"--resume: {options.dataset} is not as it was when the run began (its "
+                f"{name.replace('_', ' ')} is another); put the data back, or begin a new run"
+            )
+    with StopSignals() as signals, folder.locked():
+        predictor = predictor_of(options, model, codec, classes, device)
+        trainer = Trainer(
             model,
             data,
             part(TrainingConfig, options),
@@ -369,12 +374,93 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
             precision=options.precision,
             seed=options.seed,
             compiled=options.compile,
+            signals=signals,
             inspect=partial(inspect, predictor, data, options.epochs),
         )
-    finally:  # a run that was stopped is worth looking at too
+        if config:
+            tested = take_up(trainer, folder)
+        else:
+            tested = False
+            folder.clear()
+            folder.write_tokenizer(codec.tokenizer.to_str(pretty=True))
+        state = trainer.state
+        if trainer.is_over and tested:
+            print(
+                f"nothing to do: the run in {folder.path} is finished, with {state.epoch - 1} "
+                f"epochs and {state.step} updates; more --epochs would go on with it"
+            )
+            return
+        folder.write_config({"options": vars(options), **facts})
+        targets = ", ".join(c[:20] for c in classes[:10]) if classes else options.target_column
+        print(
+            f"{facts['device_name']} ({device.type}), {facts['threads']} threads, "
+            f"torch {facts['torch']}, {options.precision}\n"
+            f"{options.task}, {options.dataset}: {options.source_column} -> {targets}"
+        )
+        for split in data.rows:
+            print("  " + data.report(split))
+        print(
+            f"tokenizer of {codec.n_vocab:,} tokens; model of {facts['parameters']:,} parameters\n"
+            f"batch plan {facts['plan_fingerprint']}; run folder {folder.path}",
+            flush=True,
+        )
+        if config:
+            words = f"; {', '.join(changes)}" if changes else ""
+            print(f"goes on after update {state.step}, in epoch {state.epoch}{words}", flush=True)
         title = f"{options.dataset}, {facts['parameters'] / 1e6:.1f} M parameters"
-        draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
-    test(predictor, data, folder)
+        command = f"{Path(sys.argv[0]).name} --resume --run-dir {shlex.quote(str(folder.path))}"
+        try:
+            trainer.train()
+            draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
+            test(predictor, data, folder, step=trainer.state.step)
+        except (Stopped, RunFailed) as error:
+            if trainer.saved_step is not None:
+                error.add_note(f"update {trainer.saved_step} is kept; go on: python {command}")
+            with suppress(OSError, RunFailed):  # what is to be told is why the run ended
+                draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
+            raise
+        print_epoch_seconds(folder)
+    print(f"run folder: {folder.path}")
+
+
+def resumed(
+    given: dict[str, Any], problems: list[str]
+) -> tuple[RunFolder, dict[str, Any], SimpleNamespace, list[str]]:
+    """The folder of a run, its config.json, its options with those given, and what these change."""
+    folder = RunFolder.find(given.get("run_dir"))
+    config = folder.read_config()
+    saved = saved_options(folder, config)
+    given = {name: value for name, value in given.items() if name not in ("run_dir", "resume")}
+    changed = {name: value for name, value in given.items() if value != saved[name]}
+    problems = problems + [
+        f"{flag(name)} {value}: the run in {folder.path} has {saved[name]}, and with another it "
+        "would be another run; leave it out, or begin a new run"
+        for name, value in changed.items()
+        if name in SETTLED
+    ]
+    if "overwrite" in given:
+        problems.append("--resume and --overwrite: give one of the two")
+    if problems:
+        raise BadInput(*problems)
+    changes = [f"{flag(name)} {value} (was {saved[name]})" for name, value in changed.items()]
+    options = SimpleNamespace(**{**saved, **changed, "run_dir": str(folder.path)})
+    return folder, config, options, changes
+
+
+def take_up(trainer: Trainer, folder: RunFolder) -> bool:
+    """Brings trainer and folder to the last checkpoint, or to the beginning if there is none.
+
+    Returns whether the model of that checkpoint was tested already.
+    """
+    checkpoint = folder.load_checkpoint()
+    if checkpoint:
+        trainer.restore(checkpoint)
+    tests = folder.rewind_metrics(checkpoint)
+    return any(event.get("step") == trainer.state.step for event in tests)
+
+
+def print_epoch_seconds(folder: RunFolder) -> None:
+    """How long an epoch of training takes: the median of whole ones, or reckoned from a part."""
     epochs = [m for m in folder.read_metrics() if m["event"] == "epoch"]
     whole = [m["seconds"] for m in epochs if m["updates"] == m["updates_of_an_epoch"]]
     if whole:
@@ -383,16 +469,11 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
             f"({min(whole):.2f} to {max(whole):.2f})"
         )
     else:
-        n, n_whole, seconds = (
-            epochs[0]["updates"],
-            epochs[0]["updates_of_an_epoch"],
-            epochs[0]["seconds"],
-        )
+        n, n_whole, seconds = (epochs[0][k] for k in ("updates", "updates_of_an_epoch", "seconds"))
         print(
             f"{n} of the {n_whole} updates of a training epoch: {seconds:.2f} s; a whole one would "
             f"take about {seconds * n_whole / n:.0f} s"
         )
-    print(f"run folder: {folder.path}")
 
 
 def inspect(predictor: Predictor, data: TextData, n_epochs: int, epoch: int) -> dict[str, float]:
@@ -410,8 +491,8 @@ def inspect(predictor: Predictor, data: TextData, n_epochs: int, epoch: int) -> 
     return {"bleu": translation_scores(hypotheses, rows["target"])["bleu"]} if scored else {}
 
 
-def test(predictor: Predictor, data: TextData, folder: RunFolder) -> None:
-    """The test split: scores to the screen and metrics.jsonl, and a picture."""
+def test(predictor: Predictor, data: TextData, folder: RunFolder, **facts: Any) -> None:
+    """The test split: scores, with facts, to the screen and metrics.jsonl, and a picture."""
     name, device, precision = data.config.dataset, predictor.device, predictor.precision
     result = evaluate(predictor.model, data, "test", device=device, precision=precision)
     scores = result.scores
@@ -421,7 +502,7 @@ def test(predictor: Predictor, data: TextData, folder: RunFolder) -> None:
     else:
         scores |= test_translations(predictor, data, folder)
     n = len(data.texts["test"])
-    folder.log(event="test", dataset=name, sentences=n, **scores)
+    folder.log(event="test", dataset=name, sentences=n, **facts, **scores)
     print(f"test of {n:,} sentences: {in_words(scores)}")
 
 
@@ -449,7 +530,7 @@ def use(given: dict[str, Any], problems: list[str]) -> None:
     testing = "test_only" in given
     if testing and "predict" in given:
         raise BadInput(f"--test-only and --predict {given['predict']}: give one of the two")
-    folder = RunFolder.find(given.get("run_dir"))
+    folder = RunFolder.find(given.get("run_dir"), RunFolder.WEIGHTS)
     config = folder.read_config()
     budget = dict.fromkeys(BUDGETS) if BUDGETS & given.keys() else {}
     options = SimpleNamespace(**{**saved_options(folder, config), **budget, **given})
@@ -462,13 +543,14 @@ def use(given: dict[str, Any], problems: list[str]) -> None:
     (device,) = check(options, {}, problems, lambda: pick_device(options.device, options.precision))
     codec, classes = read_tokenizer(str(folder.path / folder.TOKENIZER)), config["classes"]
     model = build_model(options, codec, classes).to(device)
-    folder.load_weights(model, device)
+    folder.load_weights(model)
     predictor = predictor_of(options, model, codec, classes, device)
     if testing:
         data_config = part(DataConfig, options)
         data = TextData(data_config, load_splits(data_config, ["test"]), codec, classes)
         print(data.report("test"))
-        test(predictor, data, folder)
+        with folder.locked():
+            test(predictor, data, folder)
     else:
         predict(predictor, options.predict)
 
@@ -490,7 +572,7 @@ def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
             f"{folder.path / folder.CONFIG}: {', '.join(wrong)} is not as this version of rhea "
             "writes it; use the version that made the run, or train anew"
         )
-    return {**saved, "test_only": False, "predict": None}
+    return {**saved, "resume": False, "overwrite": False, "test_only": False, "predict": None}
 
 
 def predict(predictor: Predictor, name: str) -> None:
@@ -520,26 +602,35 @@ def run(given: dict[str, Any], problems: list[str]) -> None:
         train_and_test(given, problems)
 
 
+def with_notes(error: BaseException) -> str:
+    """What an error says, and what to do about it."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 done, 2 the command line or data cannot work, 1 failed, 130 stopped."""
+    """The exit status: 0 done, 2 the command line or data cannot work, 1 failed, 130 or 143
+    stopped."""
     try:
         run(*parse_args(argv))
     except BadInput as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
         return 2
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"error: out of memory ({error}); give a smaller --batch-size", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (RunFailed, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", with_notes(error), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped; what was written so far is kept in the run folder", file=sys.stderr)
-        return 130
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({error}); give a smaller --batch-size", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        error.args = ("stopped",)
+        print(f"\n{with_notes(error)}", file=sys.stderr)
+        return 128 + getattr(error, "signum", signal.SIGINT)
     return 0
 
 

@@ -1,15 +1,16 @@
-"""What is done with a model: train, evaluate, predict. Any model of `models.py` will do.
+"""How a model is trained and tested. Any model of `models.py` will do.
 
 Source of the training rules: *Attention Is All You Need* (AIAYN, arXiv 1706.03762), section 5.
 """
 
+import hashlib
 import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from typing import Any
 
@@ -17,8 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from comp_utils import Progress, RunFailed, RunFolder, autocast, grad_scaler, option, synchronize
-from data import NO_TARGET, Batch, TextCodec, TextData, pad
+from comp_utils import (
+    BadInput,
+    Progress,
+    RunFailed,
+    Stopped,
+    StopSignals,
+    autocast,
+    grad_scaler,
+    is_out_of_memory,
+    option,
+    synchronize,
+)
+from data import NO_TARGET, Batch, TextData
+from run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,9 @@ class TrainingConfig:
     )
     average_checkpoints: int = option(
         1, "epochs whose weights are averaged, the last ones of the run; 1: the best one", low=1
+    )
+    checkpoint_every: int | None = option(
+        None, "updates from one checkpoint to the next", low=1, unset="one after each epoch"
     )
 
 
@@ -148,6 +164,42 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=fused)
 
 
+def add_gradients(
+    model: nn.Module,
+    micro_batches: list[Batch],
+    scaler: torch.amp.GradScaler,
+    precision: AbstractContextManager,
+    *,
+    label_smoothing: float,
+    r_drop: float = 0.0,
+    seeds: list[int] | None = None,
+) -> Tensor:
+    """The gradients of one update. Returns (2,), still on the device, so that no step waits for it:
+    the sum over the update's targets of the cross-entropy without smoothing, in nats, and how many
+    were right.
+
+    Each micro-batch is divided by the targets of the whole update: several small ones and one large
+    one are the same update. seeds: what dropout draws from in each. Raises RunFailed.
+    """
+    n_targets = sum(batch.n_targets for batch in micro_batches)
+    n_times = 2 if r_drop else 1
+    sums = []
+    for i, batch in enumerate(micro_batches):
+        if seeds:
+            torch.manual_seed(seeds[i])
+        src, tgt_in = batch.src.repeat(n_times, 1), batch.tgt_in.repeat(n_times, 1)
+        tgt_out = batch.tgt_out.repeat(n_times, 1)
+        with room_for(batch):
+            with precision:
+                logits = model(src, tgt_in)  # (b, l_x, n)
+            loss_sum, nll_sum = loss_sums(logits, tgt_out, label_smoothing)
+            if r_drop:
+                loss_sum = loss_sum + r_drop * disagreement_sum(logits, tgt_out)
+            scaler.scale(loss_sum / (n_times * n_targets)).backward()
+        sums.append(torch.stack((nll_sum, count_correct(logits, tgt_out))) / n_times)
+    return torch.stack(sums).sum(dim=0)
+
+
 def train_step(
     model: nn.Module,
     micro_batches: list[Batch],
@@ -159,26 +211,11 @@ def train_step(
     max_norm: float,
     label_smoothing: float,
     r_drop: float = 0.0,
+    seeds: list[int] | None = None,
 ) -> Tensor:
-    """One update. Returns (2,), still on the device, so that no step waits for it: the sum over the
-    update's targets of the cross-entropy without smoothing, in nats, and how many were right.
-
-    Each micro-batch is divided by the targets of the whole update: several small ones and one large
-    one are the same update.
-    """
-    n_targets = sum(batch.n_targets for batch in micro_batches)
-    n_times = 2 if r_drop else 1
-    sums = []
-    for batch in micro_batches:
-        src, tgt_in = batch.src.repeat(n_times, 1), batch.tgt_in.repeat(n_times, 1)
-        tgt_out = batch.tgt_out.repeat(n_times, 1)
-        with precision:
-            logits = model(src, tgt_in)  # (b, l_x, n)
-        loss_sum, nll_sum = loss_sums(logits, tgt_out, label_smoothing)
-        if r_drop:
-            loss_sum = loss_sum + r_drop * disagreement_sum(logits, tgt_out)
-        scaler.scale(loss_sum / (n_times * n_targets)).backward()
-        sums.append(torch.stack((nll_sum, count_correct(logits, tgt_out))) / n_times)
+    """One update. Takes and returns what `add_gradients` does."""
+    rest = {"label_smoothing": label_smoothing, "r_drop": r_drop, "seeds": seeds}
+    sums = add_gradients(model, micro_batches, scaler, precision, **rest)
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)  # before clipping, or max_norm means nothing
@@ -186,7 +223,23 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack(sums).sum(dim=0)
+    return sums
+
+
+@contextmanager
+def room_for(batch: Batch) -> Iterator[None]:
+    """Says which batch the memory did not hold. Raises RunFailed."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        (n, l_z), l_x = batch.src.shape, batch.tgt_in.shape[1]
+        raise RunFailed(
+            f"out of memory at a batch of {n} sentences, {l_z} source and {l_x} target tokens long;"
+            " give a smaller --batch-size or --batch-tokens (as much more --accumulate keeps the "
+            "update the same), or a smaller --max-length"
+        ) from None
 
 
 def count_correct(logits: Tensor, tgt_out: Tensor) -> Tensor:
@@ -194,196 +247,7 @@ def count_correct(logits: Tensor, tgt_out: Tensor) -> Tensor:
     return (logits.detach().argmax(dim=-1) == tgt_out).sum(dtype=torch.float32)
 
 
-def groups_of(batches: Iterable[Batch], n: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each update: n of them, what is left over in the last."""
-    batches = iter(batches)
-    while group := list(islice(batches, n)):
-        yield group
-
-
-class StepLog:
-    """Writes each update to metrics.jsonl and the progress bar, asking the device once a second.
-
-    To ask for a loss is to wait for the device, so losses stay there until enough are together.
-    """
-
-    SECONDS_BETWEEN_QUESTIONS = 1.0
-
-    def __init__(self, folder: RunFolder, progress: Progress, epoch: int) -> None:
-        self.folder, self.progress, self.epoch = folder, progress, epoch
-        self.waiting: list[tuple[int, float, int, int, Tensor]] = []
-        self.asked = time.perf_counter()
-        self.nll, self.n_correct, self.n_targets, self.n_tokens = 0.0, 0.0, 0, 0
-
-    def add(self, step: int, lr: float, micro_batches: list[Batch], sums: Tensor) -> None:
-        """Takes note of an update. Raises RunFailed when a loss turns out not to be finite."""
-        n_targets = sum(batch.n_targets for batch in micro_batches)
-        n_tokens = sum(batch.n_tokens for batch in micro_batches)
-        self.waiting.append((step, lr, n_targets, n_tokens, sums))
-        if time.perf_counter() - self.asked > self.SECONDS_BETWEEN_QUESTIONS:
-            self.ask()
-
-    def ask(self) -> None:
-        """Fetches the losses that wait on the device, and writes them down."""
-        if not self.waiting:
-            return
-        fetched = torch.stack([sums for *_, sums in self.waiting]).tolist()
-        now = time.perf_counter()
-        speed = sum(n_tokens for *_, n_tokens, _ in self.waiting) / (now - self.asked)
-        for (step, lr, n_targets, n_tokens, _), (nll, n_correct) in zip(self.waiting, fetched):
-            loss = nll / n_targets
-            if not math.isfinite(loss):
-                raise RunFailed(
-                    f"step {step}: the loss is {loss} at learning rate {lr:.3g}; give a smaller "
-                    "--lr or more --warmup-steps"
-                )
-            facts = {"step": step, "epoch": self.epoch, "loss": loss, "lr": lr}
-            self.folder.log(event="step", **facts, tokens_per_second=speed)
-            self.nll, self.n_correct = self.nll + nll, self.n_correct + n_correct
-            self.n_targets, self.n_tokens = self.n_targets + n_targets, self.n_tokens + n_tokens
-        text = f"loss {loss:.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
-        self.progress.update(len(self.waiting), text)
-        self.waiting, self.asked = [], now
-
-
-def train(
-    model: nn.Module,
-    data: TextData,
-    config: TrainingConfig,
-    folder: RunFolder,
-    *,
-    device: torch.device,
-    precision: str,
-    seed: int,
-    compiled: bool,
-    inspect: Callable[[int], dict[str, float]] = lambda epoch: {},
-) -> None:
-    """Trains model, already on its device, and leaves the chosen weights in it and in the folder.
-
-    inspect: called after the validation of each epoch, it returns further scores to write down.
-
-    After each epoch the model is validated, and a better one saved; at the end the average of the
-    last epochs, if one was asked for, takes the place of the best.
-    """
-    n_updates = math.ceil(len(data.plan("train", seed=seed, epoch=1)) / config.accumulate)
-    n_steps = min(config.epochs * n_updates, config.max_steps or config.epochs * n_updates)
-    if n_steps <= config.warmup_steps:
-        print(
-            f"warning: {n_steps} updates in all, and --warmup-steps {config.warmup_steps}: the "
-            "learning rate never reaches its height; give more --epochs or fewer --warmup-steps",
-            file=sys.stderr,
-        )
-    optimizer = build_optimizer(model, weight_decay=config.weight_decay)
-    scaler = grad_scaler(precision, device)
-    runner = torch.compile(model, dynamic=True) if compiled else model
-    if compiled:
-        compile_first(runner, data, device, precision, seed)
-    best, best_epoch, step = (), 0, 0
-    last_epochs: deque[dict[str, Tensor]] = deque(maxlen=config.average_checkpoints)
-    for epoch in range(1, config.epochs + 1):
-        runner.train()
-        plan = data.plan("train", seed=seed, epoch=epoch)
-        plan = plan[: (n_steps - step) * config.accumulate]
-        n_here = math.ceil(len(plan) / config.accumulate)
-        log = StepLog(folder, Progress(n_here, f"epoch {epoch}/{config.epochs}"), epoch)
-        synchronize(device)
-        began = time.perf_counter()
-        for micro_batches in groups_of(data.batches("train", plan, device), config.accumulate):
-            step += 1
-            lr = lr_at(
-                step,
-                peak=config.lr,
-                schedule=config.schedule,
-                warmup_steps=config.warmup_steps,
-                n_steps=n_steps,
-            )
-            sums = train_step(
-                runner,
-                micro_batches,
-                optimizer,
-                scaler,
-                autocast(precision, device),
-                lr=lr,
-                max_norm=config.max_norm,
-                label_smoothing=config.label_smoothing,
-                r_drop=config.r_drop,
-            )
-            log.add(step, lr, micro_batches, sums)
-        synchronize(device)
-        seconds = time.perf_counter() - began
-        log.ask()
-        log.progress.close()
-
-        result = evaluate(model, data, "validation", device=device, precision=precision)
-        if not math.isfinite(result.loss):
-            raise RunFailed(
-                f"step {step}: the validation loss is {result.loss}; give a smaller --lr"
-            )
-        better = best_epoch == 0 or result.rank > best
-        if better:
-            best, best_epoch = result.rank, epoch
-            folder.save_weights(model)
-        scores = {**result.scores, **inspect(epoch)}
-        trained = {"loss": log.nll / log.n_targets, "accuracy": log.n_correct / log.n_targets}
-        folder.log(
-            event="epoch",
-            epoch=epoch,
-            seconds=seconds,
-            updates=n_here,
-            updates_of_an_epoch=n_updates,
-            tokens=log.n_tokens,
-            padding_share=data.padding_share("train", plan),
-            **{f"train_{name}": value for name, value in trained.items()},
-            **{f"validation_{name}": value for name, value in scores.items()},
-        )
-        print(
-            f"epoch {epoch}: {seconds:.1f} s, {log.n_tokens / seconds:,.0f} tokens/s; "
-            f"training {in_words(trained)}; validation {in_words(scores)}"
-            f"{', the best so far' if better else ''}",
-            flush=True,
-        )
-        if config.average_checkpoints > 1:
-            last_epochs.append({k: v.cpu().clone() for k, v in model.state_dict().items()})
-        if step == n_steps or (config.patience and epoch - best_epoch >= config.patience):
-            break
-    if len(last_epochs) > 1:
-        model.load_state_dict(average(last_epochs))
-        folder.save_weights(model)
-        result = evaluate(model, data, "validation", device=device, precision=precision)
-        print(f"mean of the last {len(last_epochs)} epochs: validation {in_words(result.scores)}")
-    else:
-        folder.load_weights(model, device)
-
-
-def compile_first(
-    runner: nn.Module, data: TextData, device: torch.device, precision: str, seed: int
-) -> None:
-    """Has torch.compile do its work before any clock runs, and leaves no trace: no gradient, no
-    draw."""
-    began = time.perf_counter()
-    plan = data.plan("train", seed=seed, epoch=1)[
-        :2
-    ]  # two, for the second shape makes sizes dynamic
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for batch in data.batches("train", plan, device):
-                with autocast(precision, device):
-                    logits = runner(batch.src, batch.tgt_in)
-                loss_sums(logits, batch.tgt_out, 0.0)[0].backward()
-    except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, most of the time
-        reason = str(error).strip().splitlines()[0]
-        raise RunFailed(f"--compile: {reason}; install what is missing, or leave it out") from None
-    runner.zero_grad(set_to_none=True)
-    print(f"compiled in {time.perf_counter() - began:.1f} s")
-
-
-def average(state_dicts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of several models' weights, name by name. Source: AIAYN, section 6.1."""
-    state_dicts = list(state_dicts)
-    return {
-        name: torch.stack([weights[name] for weights in state_dicts]).mean(dim=0)
-        for name in state_dicts[0]
-    }
+# ------------------------------------------------------------------------------------------ testing
 
 
 def in_words(scores: dict[str, Any]) -> str:
@@ -394,9 +258,6 @@ def in_words(scores: dict[str, Any]) -> str:
         text = f"{value:.4f}" if isinstance(text, float) else text
         words.append(f"{name.replace('_', ' ')} {text}")
     return ", ".join(words)
-
-
-# ------------------------------------------------------------------------------------------ testing
 
 
 @dataclass(frozen=True)
@@ -430,13 +291,19 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, data: TextData, split: str, *, device: torch.device, precision: str
+    model: nn.Module,
+    data: TextData,
+    split: str,
+    plan: list[np.ndarray] | None = None,
+    *,
+    device: torch.device,
+    precision: str,
 ) -> Evaluation:
-    """The model on every sentence of a split."""
+    """The model on every sentence of a split, or of a plan of it. Raises RunFailed."""
     model.eval()
     sums, pairs, n_targets = [], [], 0
-    for batch in data.batches(split, data.plan(split), device):
-        with autocast(precision, device):
+    for batch in data.batches(split, plan or data.plan(split), device):
+        with room_for(batch), autocast(precision, device):
             logits = model(batch.src, batch.tgt_in)  # (b, l_x, n)
         nll_sum = loss_sums(logits, batch.tgt_out, 0.0)[1]
         sums.append(torch.stack((nll_sum, count_correct(logits, batch.tgt_out))))
@@ -451,205 +318,396 @@ def evaluate(
     return Evaluation(nll / n_targets, n_correct / n_targets, confusion)
 
 
-# ----------------------------------------------------------------------------------------- decoding
+# ------------------------------------------------------------------------------------------- a run
 
 
-@dataclass(frozen=True)
-class DecodingConfig:
-    """How a translation is searched for."""
-
-    beam_size: int = option(4, "hypotheses kept of each sentence; 1: the likeliest token", low=1)
-    length_penalty: float = option(
-        0.6,
-        "alpha of Wu et al.: 0 prefers short translations, 1 long ones",
-        low=0.0,
-        below=math.inf,
-    )
+def groups_of(batches: Iterable[Batch], n: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each update: n of them, what is left over in the last."""
+    batches = iter(batches)
+    while group := list(islice(batches, n)):
+        yield group
 
 
-EXTRA_LENGTH = 50  # tokens that a translation may be longer than its source: AIAYN, section 6.1
+class StepLog:
+    """Writes each update to metrics.jsonl and the progress bar, asking the device once a second.
 
-
-def length_penalty(length: Tensor | int, alpha: float) -> Tensor | float:
-    """lp(Y) = ((5 + |Y|) / (5 + 1))^alpha, a divisor of log P(Y | X). |Y| counts the end token.
-
-    Source: Wu et al. (arXiv 1609.08144), section 7, equation 14.
+    To ask for a loss is to wait for the device, so losses stay there until enough are together.
     """
-    return ((5 + length) / 6) ** alpha
+
+    SECONDS_BETWEEN_QUESTIONS = 1.0
+
+    def __init__(self, folder: RunFolder, progress: Progress, state: "TrainingState") -> None:
+        self.folder, self.progress, self.state = folder, progress, state
+        self.waiting: list[tuple[int, float, int, int, Tensor]] = []
+        self.asked = time.perf_counter()
+
+    def add(self, step: int, lr: float, micro_batches: list[Batch], sums: Tensor) -> None:
+        """Takes note of an update. Raises RunFailed when a loss turns out not to be finite."""
+        n_targets = sum(batch.n_targets for batch in micro_batches)
+        n_tokens = sum(batch.n_tokens for batch in micro_batches)
+        self.waiting.append((step, lr, n_targets, n_tokens, sums))
+        if time.perf_counter() - self.asked > self.SECONDS_BETWEEN_QUESTIONS:
+            self.ask()
+
+    def ask(self) -> None:
+        """Fetches the losses that wait on the device, and writes them down."""
+        if not self.waiting:
+            return
+        state = self.state
+        fetched = torch.stack([sums for *_, sums in self.waiting]).tolist()
+        now = time.perf_counter()
+        speed = sum(n_tokens for *_, n_tokens, _ in self.waiting) / (now - self.asked)
+        for (step, lr, n_targets, n_tokens, _), (nll, n_correct) in zip(self.waiting, fetched):
+            loss = nll / n_targets
+            if not math.isfinite(loss):
+                raise RunFailed(
+                    f"step {step}: the loss is {loss} at learning rate {lr:.3g}; give a smaller "
+                    "--lr or more --warmup-steps"
+                )
+            facts = {"step": step, "epoch": state.epoch, "loss": loss, "lr": lr}
+            self.folder.log(event="step", **facts, tokens_per_second=speed)
+            state.nll, state.n_correct = state.nll + nll, state.n_correct + n_correct
+            state.n_targets, state.n_tokens = state.n_targets + n_targets, state.n_tokens + n_tokens
+        text = f"loss {loss:.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
+        self.progress.update(len(self.waiting), text)
+        self.waiting, self.asked = [], now
 
 
-@torch.inference_mode()
-def greedy(model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int) -> list[list[int]]:
-    """The likeliest token at each step, until eos_id or the greatest length: src (b, l_z)."""
-    caches, src_Mask = model.start(src)
-    limits = src_Mask.sum(dim=-1).flatten() + EXTRA_LENGTH  # (b)
-    found: list[list[int]] = [[] for _ in src]
-    sentences = torch.arange(len(src), device=src.device)  # which are not finished yet
-    tokens = torch.full((len(src), 1), bos_id, device=src.device)  # (n, 1 + t)
-    while len(sentences):
-        logits = model.step(tokens[:, -1], tokens.shape[1] - 1, caches, src_Mask)
-        chosen = logits.argmax(dim=-1)  # (n)
-        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
-        done = (chosen == eos_id) | (tokens.shape[1] > limits)
-        if done.any():
-            for i, ids in zip(sentences[done].tolist(), tokens[done, 1:].tolist()):
-                found[i] = [token for token in ids if token != eos_id]
-            rows = (~done).nonzero()[:, 0]
-            tokens, limits, sentences = tokens[rows], limits[rows], sentences[rows]
-            src_Mask = src_Mask[rows]
-            for cache in caches:
-                cache.select(rows, rows)
-    return found
+@dataclass
+class TrainingState:
+    """How far a training has come, in plain values, for a checkpoint to hold."""
+
+    step: int = 0  # updates that are done
+    epoch: int = 1  # the one that is trained on, or validated, now
+    n_micro_batches: int = 0  # of its plan that are done
+    seconds: float = 0.0  # that they took
+    nll: float = 0.0  # over their targets, in nats
+    n_correct: float = 0.0
+    n_targets: int = 0
+    n_tokens: int = 0  # of source and target
+    best: tuple[float, ...] = ()  # Evaluation.rank of the best epoch
+    best_epoch: int = 0  # 0: none was validated
+
+    def next_epoch(self) -> None:
+        """The epoch is trained on and validated."""
+        fresh = TrainingState(self.step, self.epoch + 1, best=self.best, best_epoch=self.best_epoch)
+        self.__dict__.update(fresh.__dict__)
 
 
-@torch.inference_mode()
-def beam_search(
-    model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int, beam_size: int, alpha: float
-) -> list[list[int]]:
-    """The best translation that a beam of hypotheses comes upon: src (b, l_z).
+def dropout_seed(seed: int, epoch: int, index: int) -> int:
+    """What dropout draws from in the micro-batch of that place in an epoch's plan.
 
-    The beam holds the likeliest beam_size hypotheses, ranked by log P(Y | X); one that ends keeps
-    its place, so the likeliest of all goes on until it ends itself. Those that ended are ranked by
-    log P(Y | X) / lp(Y). A sentence is done when its beam holds ended ones alone, when none that
-    still grows can overtake the best of them, or at the greatest length.
-    Source: AIAYN, section 6.1; Wu et al. (arXiv 1609.08144), section 7.
+    It depends on nothing else: not on what was drawn before, the micro-batches in an update, or the
+    process that has it. So a run that goes on needs no generator's state to draw the same again.
     """
-    k, device = beam_size, src.device
-    caches, src_Mask = model.start(src, k)
-    limits = src_Mask.sum(dim=-1).flatten() + EXTRA_LENGTH  # (b)
-    found: list[list[int]] = [[] for _ in src]
-    sentences = torch.arange(len(src), device=device)  # those that are not done: n of b
-    tokens = torch.full((len(src), k, 1), bos_id, device=device)  # (n, k, 1 + t)
-    log_p = torch.full((len(src), k), -math.inf, device=device)  # (n, k)
-    log_p[:, 0] = 0.0  # the k empty hypotheses of a sentence are one and the same
-    best = torch.full((len(src),), -math.inf, device=device)  # (n), score of the best that ended
-    places = torch.full((len(src), 1), k, device=device)  # in the beam, for those that still grow
-    while len(sentences):
-        n, _, length = tokens.shape  # length: of a hypothesis that gets its next token now
-        logits = model.step(tokens[:, :, -1].flatten(), length - 1, caches, src_Mask)
-        grown = log_p[:, :, None] + logits.float().log_softmax(dim=-1).view(n, k, -1)
-        n_vocab = grown.shape[-1]
-        # Of 2 k candidates at most k end, one for each hypothesis, so that k can go on.
-        candidates, index = grown.flatten(1).topk(min(2 * k, k * n_vocab), dim=1)  # (n, 2 k)
-        parents, chosen = index // n_vocab, index % n_vocab
-        ends = chosen == eos_id
+    name = f"dropout {seed} {epoch} {index}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1  # torch has 63 bits
 
-        rank = torch.arange(candidates.shape[1], device=device)
-        ended = candidates.masked_fill(~ends | (rank >= places), -math.inf)  # (n, 2 k)
-        places = places - ended.isfinite().sum(dim=1, keepdim=True)
-        ended = ended / length_penalty(length, alpha)
-        score, which = ended.max(dim=1)  # (n)
-        for i in (score > best).nonzero()[:, 0].tolist():
-            found[sentences[i]] = tokens[i, parents[i, which[i]], 1:].tolist()
-        best = torch.maximum(best, score)
 
-        log_p, which = candidates.masked_fill(ends, -math.inf).topk(k, dim=1)  # (n, k)
-        log_p = log_p.masked_fill(rank[:k] >= places, -math.inf)
-        parents, chosen = parents.gather(1, which), chosen.gather(1, which)
-        tokens = torch.cat(
-            (tokens.gather(1, parents[:, :, None].expand(n, k, length)), chosen[:, :, None]), dim=2
+class Trainer:
+    """A training run: update after update, epoch after epoch, checkpoint after checkpoint.
+
+    model: already on its device. After `train` it holds the weights chosen, as the folder does:
+    after each epoch the model is validated, and a better one saved; at the end the average of the
+    last epochs, if one was asked for, takes the place of the best.
+    inspect: called after the validation of each epoch, it returns further scores to write down.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TextData,
+        config: TrainingConfig,
+        folder: RunFolder,
+        *,
+        device: torch.device,
+        precision: str,
+        seed: int,
+        compiled: bool,
+        signals: StopSignals,
+        inspect: Callable[[int], dict[str, float]] = lambda epoch: {},
+    ) -> None:
+        self.model, self.data, self.config, self.folder = model, data, config, folder
+        self.device, self.precision, self.seed = device, precision, seed
+        self.compiled, self.signals, self.inspect = compiled, signals, inspect
+        self.optimizer = build_optimizer(model, weight_decay=config.weight_decay)
+        self.scaler = grad_scaler(precision, device)
+        self.runner = torch.compile(model, dynamic=True) if compiled else model
+        self.state = TrainingState()
+        self.last_epochs: deque[dict[str, Tensor]] = deque(maxlen=config.average_checkpoints)
+        self.saved_step: int | None = None  # of the last checkpoint
+        self.began: float | None = None  # when the clock was started, if it runs
+        # Batches have the same sizes in every epoch: only which of the like go together changes.
+        self.n_plan = len(self.plan(1))
+
+    @property
+    def updates_of_an_epoch(self) -> int:
+        """Updates of a whole epoch."""
+        return math.ceil(self.n_plan / self.config.accumulate)
+
+    def plan_steps(self) -> int:
+        """Updates of the whole run: those done, the rest of this epoch, the epochs to come."""
+        state, config = self.state, self.config
+        rest = math.ceil((self.n_plan - state.n_micro_batches) / config.accumulate)
+        n_steps = state.step + rest + (config.epochs - state.epoch) * self.updates_of_an_epoch
+        return min(n_steps, config.max_steps or n_steps)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every epoch asked for is trained on and validated, or no better one came."""
+        state, config = self.state, self.config
+        waited = state.epoch - 1 - state.best_epoch  # epochs without a better one
+        return (
+            state.epoch > config.epochs
+            or (state.n_micro_batches == 0 and state.step >= (config.max_steps or math.inf))
+            or (config.patience is not None and state.best_epoch > 0 and waited >= config.patience)
         )
-        at_limit = length >= limits
-        for i in (at_limit & best.isinf()).nonzero()[:, 0].tolist():
-            found[sentences[i]] = tokens[i, 0, 1:].tolist()  # none has ended: the likeliest, cut
-        # A log probability only falls, so at the greatest length it is divided by the most.
-        reachable = log_p[:, 0] / length_penalty(limits, alpha)
-        kept = (~(at_limit | (best >= reachable))).nonzero()[:, 0]  # of n
-        rows = (torch.arange(n, device=device)[:, None] * k + parents)[kept].flatten()
-        for cache in caches:
-            cache.select(rows, None if len(kept) == n else kept)
-        tokens, log_p, best, places = tokens[kept], log_p[kept], best[kept], places[kept]
-        sentences, limits, src_Mask = sentences[kept], limits[kept], src_Mask[kept]
-    return found
 
+    def train(self) -> None:
+        """Trains to the end, from where the state is. Raises Stopped and RunFailed."""
+        if not self.is_over:
+            self.n_steps = self.plan_steps()
+            if self.n_steps <= self.config.warmup_steps:
+                print(
+                    f"warning: {self.n_steps} updates in all, and --warmup-steps "
+                    f"{self.config.warmup_steps}: the learning rate never reaches its height; give "
+                    "more --epochs or fewer --warmup-steps",
+                    file=sys.stderr,
+                )
+            self.rehearse()
+        try:
+            if not self.is_over:
+                with self.signals.held():
+                    self.save()
+            while not self.is_over:
+                self.train_epoch()
+                self.validate()
+        except Stopped:
+            self.save()
+            raise
+        self.finish()
 
-# ------------------------------------------------------------------------------------------- using
+    def rehearse(self) -> None:
+        """The longest batches once before any clock runs, so that what cannot fit fails at once.
 
-
-@dataclass(frozen=True)
-class Predictor:
-    """A trained model with all that it takes to answer a text with a text."""
-
-    model: nn.Module
-    codec: TextCodec
-    classes: list[str] | None  # None: a translator
-    max_length: int  # tokens of a source, what is longer is cut
-    batch_size: int  # sentences
-    search: DecodingConfig
-    device: torch.device
-    precision: str
-
-    def answers(
-        self, texts: Iterable[str], at_once: int = 4096
-    ) -> Iterator[tuple[str, int] | None]:
-        """(answer, tokens of the text before any cut) to each text in order; None to a blank one.
-
-        Memory does not grow with the texts: at_once of them are sorted by length and answered.
+        torch.compile makes its kernels meanwhile. No trace is left: no gradient, no draw.
         """
-        self.model.eval()
-        texts = iter(texts)
-        while window := list(islice(texts, at_once)):
-            ids = self.codec.encode(window)
-            rows = sorted((i for i, x in enumerate(window) if x.strip()), key=lambda i: len(ids[i]))
-            answers: list[tuple[str, int] | None] = [None] * len(ids)
-            for begin in range(0, len(rows), self.batch_size):
-                batch = rows[begin : begin + self.batch_size]
-                for i, answer in zip(batch, self.answer([ids[i] for i in batch])):
-                    answers[i] = answer, len(ids[i]) + 1
-            yield from answers
+        began = time.perf_counter()
+        plan = self.data.longest_first("train", self.plan(1))
+        plan = [plan[0], plan[-1]] if self.compiled else plan[:1]  # a second size makes it dynamic
+        self.runner.train()
+        try:
+            for batch in self.data.batches("train", plan, self.device):
+                add_gradients(
+                    self.runner,
+                    [batch],
+                    self.scaler,
+                    autocast(self.precision, self.device),
+                    label_smoothing=self.config.label_smoothing,
+                    r_drop=self.config.r_drop,
+                )
+        except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, most of the time
+            reason = str(error).strip().splitlines()[0]
+            raise RunFailed(f"--compile: {reason}; install it, or leave it out") from None
+        self.optimizer.zero_grad(set_to_none=True)
+        plan = self.data.longest_first("validation", self.data.plan("validation"))
+        self.evaluate(plan[:1])
+        if self.compiled:
+            print(f"compiled in {time.perf_counter() - began:.1f} s")
 
-    @torch.inference_mode()
-    def answer(self, ids: list[list[int]]) -> list[str]:
-        """The answers to one batch: "label<TAB>probability", or the translation."""
-        src = [row[: self.max_length - 1] + [self.codec.eos_id] for row in ids]
-        src = pad(src, self.codec.pad_id).to(self.device)  # (b, l_z)
-        with autocast(self.precision, self.device):
-            return self._labels(src) if self.classes else self._translations(src)
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """The micro-batches of an epoch."""
+        return self.data.plan("train", seed=self.seed, epoch=epoch)
 
-    def _labels(self, src: Tensor) -> list[str]:
-        tgt_in = torch.full((len(src), 1), self.codec.bos_id, device=self.device)
-        p, class_ids = self.model(src, tgt_in)[:, 0].float().softmax(dim=-1).max(dim=-1)  # (b), (b)
-        return [f"{self.classes[i]}\t{x:.4f}" for i, x in zip(class_ids.tolist(), p.tolist())]
+    def evaluate(self, plan: list[np.ndarray] | None = None) -> Evaluation:
+        """The model on the validation split."""
+        where = {"device": self.device, "precision": self.precision}
+        return evaluate(self.model, self.data, "validation", plan, **where)
 
-    def _translations(self, src: Tensor) -> list[str]:
-        ends = {"bos_id": self.codec.bos_id, "eos_id": self.codec.eos_id}
-        k, alpha = self.search.beam_size, self.search.length_penalty
-        if k == 1:
-            ids = greedy(self.model, src, **ends)
+    def train_epoch(self) -> None:
+        """The rest of the epoch's updates."""
+        state, config = self.state, self.config
+        todo = self.plan(state.epoch)[state.n_micro_batches :]
+        todo = todo[: (self.n_steps - state.step) * config.accumulate]
+        done, rest = (math.ceil(n / config.accumulate) for n in (state.n_micro_batches, len(todo)))
+        progress = Progress(done + rest, f"epoch {state.epoch}/{config.epochs}", done)
+        self.log = StepLog(self.folder, progress, state)
+        self.runner.train()
+        self.start_clock()
+        try:
+            batches = self.data.batches("train", todo, self.device)
+            for micro_batches in groups_of(batches, config.accumulate):
+                with self.signals.held():
+                    self.update(micro_batches)
+                    if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                        self.save()
+                        self.start_clock()
+            self.stop_clock()
+        finally:
+            progress.close()
+
+    def update(self, micro_batches: list[Batch]) -> None:
+        """One update, and what is to be noted of it."""
+        state, config = self.state, self.config
+        lr = lr_at(
+            state.step + 1,
+            peak=config.lr,
+            schedule=config.schedule,
+            warmup_steps=config.warmup_steps,
+            n_steps=self.n_steps,
+        )
+        places = range(state.n_micro_batches, state.n_micro_batches + len(micro_batches))
+        sums = train_step(
+            self.runner,
+            micro_batches,
+            self.optimizer,
+            self.scaler,
+            autocast(self.precision, self.device),
+            lr=lr,
+            max_norm=config.max_norm,
+            label_smoothing=config.label_smoothing,
+            r_drop=config.r_drop,
+            seeds=[dropout_seed(self.seed, state.epoch, place) for place in places],
+        )
+        state.step += 1
+        state.n_micro_batches += len(micro_batches)
+        self.log.add(state.step, lr, micro_batches, sums)
+
+    def start_clock(self) -> None:
+        """What follows is training, and counts for the seconds of the epoch."""
+        synchronize(self.device)
+        self.began = self.log.asked = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Training is done for now. Raises RunFailed when a loss turns out not to be finite."""
+        if self.began is not None:
+            synchronize(self.device)
+            self.state.seconds += time.perf_counter() - self.began
+            self.began = None
+            self.log.ask()
+
+    def validate(self) -> None:
+        """Ends an epoch: validation, the better weights saved, one line, a checkpoint."""
+        state, config = self.state, self.config
+        result = self.evaluate()
+        if not math.isfinite(result.loss):
+            raise RunFailed(
+                f"step {state.step}: the validation loss is {result.loss}; give a smaller --lr"
+            )
+        scores = {**result.scores, **self.inspect(state.epoch)}
+        trained = {"loss": state.nll, "accuracy": state.n_correct}
+        trained = {name: value / state.n_targets for name, value in trained.items()}
+        plan = self.plan(state.epoch)[: state.n_micro_batches]
+        with self.signals.held():
+            better = state.best_epoch == 0 or result.rank > state.best
+            if better:
+                state.best, state.best_epoch = result.rank, state.epoch
+                self.folder.save_weights(self.model)
+            self.folder.log(
+                event="epoch",
+                epoch=state.epoch,
+                seconds=state.seconds,
+                updates=math.ceil(len(plan) / config.accumulate),
+                updates_of_an_epoch=self.updates_of_an_epoch,
+                tokens=state.n_tokens,
+                padding_share=self.data.padding_share("train", plan),
+                **{f"train_{name}": value for name, value in trained.items()},
+                **{f"validation_{name}": value for name, value in scores.items()},
+            )
+            print(
+                f"epoch {state.epoch}: {state.seconds:.1f} s, "
+                f"{state.n_tokens / state.seconds:,.0f} tokens/s; "
+                f"training {in_words(trained)}; validation {in_words(scores)}"
+                f"{', the best so far' if better else ''}",
+                flush=True,
+            )
+            if config.average_checkpoints > 1:
+                weights = self.model.named_parameters()
+                self.last_epochs.append({name: p.detach().cpu().clone() for name, p in weights})
+            state.next_epoch()
+            self.save()
+
+    def finish(self) -> None:
+        """Leaves the weights chosen in the model and in the folder."""
+        if len(self.last_epochs) > 1:
+            self.model.load_state_dict(average(self.last_epochs), strict=False)  # tied ones: once
+            self.folder.save_weights(self.model)
+            words = in_words(self.evaluate().scores)
+            print(f"mean of the last {len(self.last_epochs)} epochs: validation {words}")
         else:
-            ids = beam_search(self.model, src, **ends, beam_size=k, alpha=alpha)
-        return [text.strip() for text in self.codec.tokenizer.decode_batch(ids)]
+            self.folder.load_weights(self.model)
 
-    def attention(
-        self, source: str, target: str, longest: int = 40
-    ) -> tuple[list[str], list[str], np.ndarray]:
-        """Source tokens, target tokens, and weights[target, source] of the last decoder layer.
+    def save(self) -> None:
+        """Writes a checkpoint. Raises RunFailed, and writes none, if the weights are not finite."""
+        self.stop_clock()
+        weights = self.model.state_dict()
+        if not torch.stack([w.isfinite().all() for w in weights.values()]).all():
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise RunFailed(
+                f"step {self.state.step}: weights are not finite after learning rate {lr:.3g}; "
+                "give a smaller --lr or more --warmup-steps"
+            )
+        self.folder.save_checkpoint(
+            {
+                "state": asdict(self.state),
+                "model": weights,
+                "optimizer": self.optimizer.state_dict()["state"],
+                "scaler": self.scaler.state_dict(),
+                "last_epochs": list(self.last_epochs),
+            }
+        )
+        self.saved_step = self.state.step
 
-        Of each side the first tokens alone, longest at most, or a picture could not be read.
-        """
-        src, tgt = (row + [self.codec.eos_id] for row in self.codec.encode([source, target]))
-        tgt_in = [self.codec.bos_id] + tgt[:-1]
-        src_ids, tgt_ids = (torch.tensor([row], device=self.device) for row in (src, tgt_in))
-        with torch.inference_mode():
-            weights = self.model.cross_attention(src_ids, tgt_ids)[0]  # (l_x, l_z)
-        decode = self.codec.tokenizer.decode
-        words = [[decode([i], skip_special_tokens=False) for i in row] for row in (src, tgt)]
-        source, target = (row[:longest] for row in words)
-        return source, target, weights[:longest, :longest].float().cpu().numpy()
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up what `save` wrote. Raises BadInput if it is not this run's."""
+        try:
+            state = TrainingState(**checkpoint["state"])
+            for f in fields(state):
+                if type(getattr(state, f.name)) is not type(f.default):
+                    raise TypeError(f"{f.name} is {getattr(state, f.name)!r}")
+            if state.epoch < 1 or not 0 <= state.n_micro_batches <= self.n_plan or state.step < 0:
+                raise ValueError(f"no place in this run: {state}")
+            shapes = {name: p.shape for name, p in self.model.named_parameters()}
+            for weights in checkpoint["last_epochs"]:
+                if {name: w.shape for name, w in weights.items()} != shapes:
+                    raise ValueError("last_epochs: other names or shapes than the model has")
+            self.model.load_state_dict(checkpoint["model"])
+            restore_optimizer(self.optimizer, checkpoint["optimizer"])
+            if checkpoint["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(checkpoint["scaler"])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            path = self.folder.path / self.folder.LAST
+            raise BadInput(f"{path}: not a checkpoint of this run ({reason}); train anew") from None
+        self.state, self.saved_step = state, state.step
+        self.last_epochs.extend(checkpoint["last_epochs"])
 
 
-def translation_scores(hypotheses: list[str], references: list[str]) -> dict[str, Any]:
-    """Corpus scores by sacrebleu, with the signature that says how they were reckoned.
-
-    "bleu" and "chrf" are sacrebleu's defaults. "bleu_lowercase_13a" is BLEU of lower-cased text in
-    the 13a tokenisation, near what papers on Multi30k report as tokenised lower-cased BLEU.
-    """
-    from sacrebleu.metrics import BLEU, CHRF
-
-    bleu, chrf, lowercase = BLEU(), CHRF(), BLEU(lowercase=True, tokenize="13a")
+def average(state_dicts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several models' weights, name by name. Source: AIAYN, section 6.1."""
+    state_dicts = list(state_dicts)
     return {
-        "bleu": bleu.corpus_score(hypotheses, [references]).score,
-        "chrf": chrf.corpus_score(hypotheses, [references]).score,
-        "bleu_lowercase_13a": lowercase.corpus_score(hypotheses, [references]).score,
-        "signature": f"BLEU {bleu.get_signature()}; chrF {chrf.get_signature()}",
+        name: torch.stack([weights[name] for weights in state_dicts]).mean(dim=0)
+        for name in state_dicts[0]
     }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Tensor]]
+) -> None:
+    """Gives an optimizer the moments of another run; rates and decay stay its own.
+
+    Raises ValueError if they are not those of its parameters: torch would find out an update later.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not moments:  # before the first update there are none
+        return
+    if moments.keys() != dict(enumerate(parameters)).keys():
+        raise ValueError(f"moments of {len(moments)} parameters, not {len(parameters)}")
+    for i, p in enumerate(parameters):
+        found = {name: tuple(value.shape) for name, value in moments[i].items()}
+        wanted = {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+        if found != wanted:
+            raise ValueError(f"moments of parameter {i}: {found}, not {wanted}")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})

@@ -22,7 +22,8 @@ import main
 from comp_utils import RunFolder, autocast, grad_scaler, set_seed
 from components import sinusoids
 from data import DataConfig, TextData, TokenizerConfig, get_tokenizer, load_splits, read_tokenizer
-from procedures import EXTRA_LENGTH, build_optimizer, greedy, train_step
+from decoding import EXTRA_LENGTH, greedy
+from procedures import build_optimizer, train_step
 
 CPU = torch.device("cpu")
 ROUNDS, BATCHES, SENTENCES = 5, 12, 1000

@@ -43,7 +43,7 @@ def test_the_table_of_contents_has_every_module_and_no_other():
 
 
 def test_nothing_happens_on_import():
-    code = "import main, procedures, data, models, components, comp_utils"
+    code = "import main, procedures, decoding, run_folder, data, models, components, comp_utils"
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
     )

@@ -9,11 +9,11 @@ import sacrebleu
 import torch
 from matplotlib.image import imread
 
+import decoding
 import main
-import procedures
 from data import DataConfig, load_splits
+from decoding import beam_search, greedy, length_penalty
 from models import ModelConfig, Transformer
-from procedures import beam_search, greedy, length_penalty
 
 PAD, BOS, EOS = 0, 1, 2
 ENDS = {"bos_id": BOS, "eos_id": EOS}
@@ -47,7 +47,7 @@ def greedy_without_cache(model, src):
     for row in src:
         row = row[row != PAD][None]
         ids = [BOS]
-        while ids[-1] != EOS and len(ids) <= row.shape[1] + procedures.EXTRA_LENGTH:
+        while ids[-1] != EOS and len(ids) <= row.shape[1] + decoding.EXTRA_LENGTH:
             ids.append(model(row, torch.tensor([ids]))[0, -1].argmax().item())
         found.append([token for token in ids[1:] if token != EOS])
     return found
@@ -109,7 +109,7 @@ def log_probability(model, row, ids):
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_beam_as_wide_as_all_there_is_finds_the_best_there_is(alpha, seed, monkeypatch):
-    monkeypatch.setattr(procedures, "EXTRA_LENGTH", 2)
+    monkeypatch.setattr(decoding, "EXTRA_LENGTH", 2)
     n_vocab, limit = 5, 4  # tokens of a source of 2, and EXTRA_LENGTH
     model, src = small_model(n_vocab, seed=seed), sources([2], n_vocab, seed)
     others = [token for token in range(n_vocab) if token != EOS]
