@@ -86,14 +86,34 @@ def available_devices() -> list[str]:
     return [kind for kind, there in found.items() if there]
 
 
-def pick_device(kind: str, precision: str = "fp32") -> torch.device:
+def pick_device(
+    kind: str, precision: str = "fp32", *, local_rank: int = 0, local_world_size: int = 1
+) -> torch.device:
     """The device of that kind; "auto" is the fastest there is. Raises BadInput if it is not there
-    or cannot compute in that precision."""
-    there = available_devices()
+    or cannot compute in that precision.
+
+    local_rank, local_world_size: of the processes on this machine, each of which needs its own.
+    """
+    there, n = available_devices(), local_world_size
     if kind != "auto" and kind not in there:
         has = ", ".join(there)
         raise BadInput(f"--device {kind}: not on this machine, which has {has}; give that, or auto")
+    if kind == "mps" and n > 1:
+        raise BadInput(
+            f"--device mps: {n} processes, but a Mac has one GPU, and torch cannot add up gradients"
+            " on it; run python main.py, or give --device cpu"
+        )
+    if n > 1:
+        there = [kind for kind in there if kind != "mps"]
     device = torch.device(there[0] if kind == "auto" else kind)
+    if device.type == "cuda" and n > torch.cuda.device_count():
+        n_devices = torch.cuda.device_count()
+        raise BadInput(
+            f"--device {kind}: {n} processes on this machine, which has {n_devices} CUDA devices; "
+            f"start at most {n_devices}, or give --device cpu"
+        )
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
     if precision == "fp16" and device.type != "cuda":
         # float16 overflows without a loss scaler, which is CUDA's; bfloat16 needs none.
         raise BadInput(

@@ -6,13 +6,14 @@ import gzip
 import hashlib
 import json
 import re
+import signal
 import socket
 import sys
 import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -676,6 +677,13 @@ def plan_epoch(
     return [batches[i] for i in np.argsort(noise.random_raw(len(batches)), kind="stable")]
 
 
+def ignore_signals(_: int) -> None:
+    """For a process that puts batches together: it ends with the one it works for, and a Ctrl-C
+    that is meant for all must not take it away before."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class TextData:
     """Splits as ids, and batches of them.
 
@@ -791,17 +799,29 @@ class TextData:
             f"{self.padding_share(split, self.plan(split)):.1%} padding"
         )
 
+    def count(self, split: str, rows: np.ndarray) -> tuple[int, int]:
+        """Targets, and tokens of source and target, of a batch."""
+        n_src, n_tgt = self._cut_lengths(split, rows).sum(axis=0).tolist()
+        return n_tgt, n_src + n_tgt
+
     def batches(self, split: str, plan: list[np.ndarray], device: torch.device) -> Iterator[Batch]:
-        """The batches of a plan on a device, in its order."""
+        """The batches of a plan on a device, in its order; of no rows, a filler with no targets."""
         loader = torch.utils.data.DataLoader(
             self.rows[split].select_columns(["src", "tgt"]),
-            batch_sampler=[rows.tolist() for rows in plan],
+            batch_sampler=[rows.tolist() for rows in plan if len(rows)],
             collate_fn=self.collate,
             num_workers=self.config.num_workers,
+            worker_init_fn=ignore_signals,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # its own, or it would draw from dropout's
         )
-        return (batch.to(device) for batch in loader)
+        loaded = iter(loader)
+        return ((next(loaded) if len(rows) else self.filler()).to(device) for rows in plan)
+
+    def filler(self) -> Batch:
+        """A batch that counts nothing, for a process that has none while others have."""
+        batch = self.collate([{"src": [self.codec.eos_id], "tgt": [0]}])
+        return replace(batch, tgt_out=batch.tgt_out.fill_(NO_TARGET), n_targets=0, n_tokens=0)
 
     def collate(self, rows: list[Row]) -> Batch:
         """Puts rows together as one batch. Of a class the decoder sees the start token alone."""

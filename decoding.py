@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from comp_utils import autocast, option
 from data import TextCodec, pad
+from ddp_utils import gather, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class Predictor:
     ) -> Iterator[tuple[str, int] | None]:
         """(answer, tokens of the text before any cut) to each text in order; None to a blank one.
 
-        Memory does not grow with the texts: at_once of them are sorted by length and answered.
+        Memory does not grow with the texts: at_once of them are sorted by length and answered, the
+        batches dealt out to the ranks.
         """
         self.model.eval()
         texts = iter(texts)
@@ -152,9 +154,12 @@ class Predictor:
             ids = self.codec.encode(window)
             rows = sorted((i for i, x in enumerate(window) if x.strip()), key=lambda i: len(ids[i]))
             answers: list[tuple[str, int] | None] = [None] * len(ids)
-            for begin in range(0, len(rows), self.batch_size):
-                batch = rows[begin : begin + self.batch_size]
-                for i, answer in zip(batch, self.answer([ids[i] for i in batch])):
+            begins = range(0, len(rows), self.batch_size)
+            batches = [rows[begin : begin + self.batch_size] for begin in begins]
+            mine = batches[rank() :: world_size()]
+            answered = [(batch, self.answer([ids[i] for i in batch])) for batch in mine]
+            for batch, found in chain.from_iterable(gather(answered)):
+                for i, answer in zip(batch, found):
                     answers[i] = answer, len(ids[i]) + 1
             yield from answers
 

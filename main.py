@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
@@ -49,12 +50,25 @@ from data import (
     TextCodec,
     TextData,
     TokenizerConfig,
+    as_codec,
     class_names,
     get_tokenizer,
     load_splits,
     read_lines,
     read_tokenizer,
     trains_tokenizer,
+)
+from ddp_utils import (
+    SharedError,
+    agreed,
+    broadcast,
+    by_rank_0,
+    is_lost_peer,
+    local_rank,
+    local_world_size,
+    one_before_others,
+    rank,
+    world_size,
 )
 from decoding import EXTRA_LENGTH, DecodingConfig, Predictor, translation_scores
 from models import SIZES, ModelConfig, Transformer, TransformerClassifier, count_parameters
@@ -101,7 +115,8 @@ class SizeConfig:
     )
 
 
-GROUPS = {
+Groups = dict[str, tuple[type, ...]]  # settings classes by the title that --help gives them
+GROUPS: Groups = {
     "run": (RunConfig,),
     "data": (DataConfig,),
     "tokenizer": (TokenizerConfig,),
@@ -168,9 +183,9 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def option_fields() -> dict[str, Any]:
+def option_fields(groups: Groups = GROUPS) -> dict[str, Any]:
     """The dataclass field behind each option, by name."""
-    return {f.name: f for group in GROUPS.values() for config in group for f in fields(config)}
+    return {f.name: f for group in groups.values() for config in group for f in fields(config)}
 
 
 def kind_of(f: Any) -> type:
@@ -178,7 +193,7 @@ def kind_of(f: Any) -> type:
     return next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
 
 
-def build_parser() -> Parser:
+def build_parser(groups: Groups = GROUPS) -> Parser:
     """One flag for each field of the settings classes; a flag that is not given is absent."""
     defaults = vars(resolve({}))
     parser = Parser(
@@ -188,7 +203,7 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for title, configs in GROUPS.items():
+    for title, configs in groups.items():
         group = parser.add_argument_group(title)
         for f in (f for config in configs for f in fields(config)):
             text = f.metadata["help"].replace("%", "%%")
@@ -197,7 +212,7 @@ def build_parser() -> Parser:
                 action = argparse.BooleanOptionalAction if negatable else "store_true"
                 group.add_argument(flag(f.name), action=action, help=text)
                 continue
-            default = defaults[f.name]
+            default = defaults.get(f.name)
             default = f.metadata.get("unset", "none") if default is None else default
             limits = f"; {allowed(f.metadata)}" if allowed(f.metadata) else ""
             kind = kind_of(f).__name__.upper()
@@ -208,10 +223,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+def parse_args(
+    argv: list[str] | None = None, groups: Groups = GROUPS
+) -> tuple[dict[str, Any], list[str]]:
     """The options given, by field name in their own types, and a line for each that cannot be."""
-    known = option_fields()
-    namespace, unknown = build_parser().parse_known_args(argv)
+    known = option_fields(groups)
+    namespace, unknown = build_parser(groups).parse_known_args(argv)
     given, problems = {}, []
     for i, word in enumerate(unknown):
         name = word.split("=")[0]
@@ -322,49 +339,41 @@ def predictor_of(
     )
 
 
+def own_device(options: SimpleNamespace) -> torch.device:
+    """The device of this process."""
+    mine = {"local_rank": local_rank(), "local_world_size": local_world_size()}
+    return pick_device(options.device, options.precision, **mine)
+
+
 def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
     """One run, new or resumed, from text to test result."""
+    config, changes = None, []
     if given.get("resume"):
         folder, config, options, changes = resumed(given, problems)
-        (device,) = check(options, {}, [], lambda: pick_device(options.device, options.precision))
+        (device,) = agreed(lambda: check(options, {}, [], lambda: own_device(options)))
     else:
-        options, config, changes = resolve(given), None, []
-        device, folder = check(
-            options,
-            given,
-            problems,
-            lambda: pick_device(options.device, options.precision),
+        options = resolve(given)
+        questions = [
+            lambda: own_device(options),
             lambda: RunFolder.plan(options.run_dir, options.dataset, options.overwrite),
-        )
+        ]
+        device, folder = agreed(lambda: check(options, given, problems, *questions))
+        folder = broadcast(folder)  # whose name may be the time
     set_seed(options.seed)
-    splits = load_splits(part(DataConfig, options))
-    classifies = options.task == "classification"
-    classes = class_names(splits) if classifies else None
-    columns = ["source"] if classifies else ["source", "target"]
-    if config:
-        codec = read_tokenizer(str(folder.path / folder.TOKENIZER))
-    else:
-        codec = get_tokenizer(
-            part(TokenizerConfig, options), options.dataset, splits["train"], columns
-        )
-    data = TextData(part(DataConfig, options), splits, codec, classes)
-    model = build_model(options, codec, classes).to(device)
+    data = load_data(options, folder if config else None)
+    model = build_model(options, data.codec, data.classes).to(device)
     facts = {
-        "classes": classes,
+        "classes": data.classes,
         "parameters": count_parameters(model),
         "data_fingerprint": data.fingerprint,
         "plan_fingerprint": data.plan_fingerprint(options.seed),
-        "processes": 1,
+        "processes": world_size(),
         **machine_facts(device),
     }
-    for name in ("classes", "data_fingerprint", "plan_fingerprint") if config else ():
-        if facts[name] != config.get(name):
-            raise BadInput(
-                f"--resume: {options.dataset} is not as it was when the run began (its "
-                f"{name.replace('_', ' ')} is another); put the data back, or begin a new run"
-            )
+    if config:
+        agreed(lambda: check_same_data(options, config, facts))
     with StopSignals() as signals, folder.locked():
-        predictor = predictor_of(options, model, codec, classes, device)
+        predictor = predictor_of(options, model, data.codec, data.classes, device)
         trainer = Trainer(
             model,
             data,
@@ -382,7 +391,7 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
         else:
             tested = False
             folder.clear()
-            folder.write_tokenizer(codec.tokenizer.to_str(pretty=True))
+            folder.write_tokenizer(data.codec.tokenizer.to_str(pretty=True))
         state = trainer.state
         if trainer.is_over and tested:
             print(
@@ -391,43 +400,108 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
             )
             return
         folder.write_config({"options": vars(options), **facts})
-        targets = ", ".join(c[:20] for c in classes[:10]) if classes else options.target_column
-        print(
-            f"{facts['device_name']} ({device.type}), {facts['threads']} threads, "
-            f"torch {facts['torch']}, {options.precision}\n"
-            f"{options.task}, {options.dataset}: {options.source_column} -> {targets}"
-        )
-        for split in data.rows:
-            print("  " + data.report(split))
-        print(
-            f"tokenizer of {codec.n_vocab:,} tokens; model of {facts['parameters']:,} parameters\n"
-            f"batch plan {facts['plan_fingerprint']}; run folder {folder.path}",
-            flush=True,
-        )
+        print_facts(options, data, facts, folder)
         if config:
             words = f"; {', '.join(changes)}" if changes else ""
             print(f"goes on after update {state.step}, in epoch {state.epoch}{words}", flush=True)
         title = f"{options.dataset}, {facts['parameters'] / 1e6:.1f} M parameters"
-        command = f"{Path(sys.argv[0]).name} --resume --run-dir {shlex.quote(str(folder.path))}"
         try:
             trainer.train()
-            draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
+            draw_run(folder, title)
             test(predictor, data, folder, step=trainer.state.step)
         except (Stopped, RunFailed) as error:
             if trainer.saved_step is not None:
-                error.add_note(f"update {trainer.saved_step} is kept; go on: python {command}")
+                error.add_note(f"update {trainer.saved_step} is kept; go on: {go_on(folder)}")
             with suppress(OSError, RunFailed):  # what is to be told is why the run ended
-                draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
+                draw_run(folder, title)
             raise
-        print_epoch_seconds(folder)
+        if rank() == 0:
+            print_epoch_seconds(folder)
     print(f"run folder: {folder.path}")
+
+
+def load_data(options: SimpleNamespace, folder: RunFolder | None) -> TextData:
+    """The data set as ids, by the tokenizer of a run's folder, or by the one the options ask for.
+
+    Of many processes rank 0 trains or reads the tokenizer, and one of each machine makes ready the
+    rows that all read.
+    """
+    config, tokenizer = part(DataConfig, options), part(TokenizerConfig, options)
+    classifies = options.task == "classification"
+    columns = ["source"] if classifies else ["source", "target"]
+    splits = one_before_others(lambda: load_splits(config))
+
+    def get_codec() -> str:
+        if folder:
+            codec = read_tokenizer(str(folder.path / folder.TOKENIZER))
+        else:
+            codec = get_tokenizer(tokenizer, options.dataset, splits["train"], columns)
+        return codec.tokenizer.to_str()
+
+    def encode() -> TextData:
+        if len(splits["train"]) < world_size():
+            n = len(splits["train"])
+            raise BadInput(
+                f"--dataset {options.dataset}: {n} training sentences for {world_size()} "
+                f"processes; start at most {n}"
+            )
+        return TextData(config, splits, codec, class_names(splits) if classifies else None)
+
+    codec = as_codec(Tokenizer.from_str(by_rank_0(get_codec)))
+    return one_before_others(encode)
+
+
+def print_facts(
+    options: SimpleNamespace, data: TextData, facts: dict[str, Any], folder: RunFolder
+) -> None:
+    """What a run is about to do, and where."""
+    classes = data.classes
+    targets = ", ".join(c[:20] for c in classes[:10]) if classes else options.target_column
+    processes = f"{facts['processes']} processes of " if facts["processes"] > 1 else ""
+    print(
+        f"{facts['device_name']} ({facts['device']}), {processes}{facts['threads']} threads, "
+        f"torch {facts['torch']}, {options.precision}\n"
+        f"{options.task}, {options.dataset}: {options.source_column} -> {targets}"
+    )
+    for split in data.rows:
+        print("  " + data.report(split))
+    print(
+        f"tokenizer of {data.codec.n_vocab:,} tokens; model of {facts['parameters']:,} parameters\n"
+        f"batch plan {facts['plan_fingerprint']}; run folder {folder.path}",
+        flush=True,
+    )
+
+
+def check_same_data(
+    options: SimpleNamespace, config: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Raises BadInput if the data of a run are not those that it began with."""
+    for name in ("classes", "data_fingerprint", "plan_fingerprint"):
+        if facts[name] != config.get(name):
+            raise BadInput(
+                f"--resume: {options.dataset} is not as it was when the run began (its "
+                f"{name.replace('_', ' ')} is another); put the data back, or begin a new run"
+            )
+
+
+def go_on(folder: RunFolder) -> str:
+    """The command that goes on with a run."""
+    n = f" --world-size {world_size()}" if world_size() > 1 else ""
+    program = Path(sys.argv[0]).name
+    return f"python {program}{n} --resume --run-dir {shlex.quote(str(folder.path))}"
+
+
+def draw_run(folder: RunFolder, title: str) -> None:
+    """The curves of a run."""
+    if rank() == 0:
+        draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
 
 
 def resumed(
     given: dict[str, Any], problems: list[str]
 ) -> tuple[RunFolder, dict[str, Any], SimpleNamespace, list[str]]:
     """The folder of a run, its config.json, its options with those given, and what these change."""
-    folder = RunFolder.find(given.get("run_dir"))
+    folder = by_rank_0(lambda: RunFolder.find(given.get("run_dir")))
     config = folder.read_config()
     saved = saved_options(folder, config)
     given = {name: value for name, value in given.items() if name not in ("run_dir", "resume")}
@@ -440,8 +514,7 @@ def resumed(
     ]
     if "overwrite" in given:
         problems.append("--resume and --overwrite: give one of the two")
-    if problems:
-        raise BadInput(*problems)
+    (_,) = agreed(lambda: check(SimpleNamespace(**saved), {}, problems, lambda: None))
     changes = [f"{flag(name)} {value} (was {saved[name]})" for name, value in changed.items()]
     options = SimpleNamespace(**{**saved, **changed, "run_dir": str(folder.path)})
     return folder, config, options, changes
@@ -485,6 +558,8 @@ def inspect(predictor: Predictor, data: TextData, n_epochs: int, epoch: int) -> 
     search = replace(predictor.search, beam_size=1)
     answers = replace(predictor, search=search).answers(rows["source"])
     hypotheses = [answer[0] if answer else "" for answer in answers]
+    if rank() > 0:
+        return {}
     for texts in list(zip(rows["source"], rows["target"], hypotheses))[:2]:
         for name, text in zip(("source", "reference", "hypothesis"), texts):
             print(f"  {name:<11} {textwrap.shorten(text, 200, placeholder=' …')}")
@@ -496,11 +571,11 @@ def test(predictor: Predictor, data: TextData, folder: RunFolder, **facts: Any) 
     name, device, precision = data.config.dataset, predictor.device, predictor.precision
     result = evaluate(predictor.model, data, "test", device=device, precision=precision)
     scores = result.scores
-    if data.classes:
+    if not data.classes:
+        scores |= test_translations(predictor, data, folder)
+    elif rank() == 0:
         title = f"{name}, test split: accuracy {result.accuracy:.2%}"
         draw_confusion(result.confusion, data.classes, folder.path / folder.CONFUSION, title)
-    else:
-        scores |= test_translations(predictor, data, folder)
     n = len(data.texts["test"])
     folder.log(event="test", dataset=name, sentences=n, **facts, **scores)
     print(f"test of {n:,} sentences: {in_words(scores)}")
@@ -510,6 +585,8 @@ def test_translations(predictor: Predictor, data: TextData, folder: RunFolder) -
     """Translates the test split, writes it down, draws what the model looked at, and scores it."""
     rows = data.texts["test"][:]
     hypotheses = [answer[0] if answer else "" for answer in predictor.answers(rows["source"])]
+    if rank() > 0:
+        return {}
     folder.write_lines(folder.HYPOTHESES, hypotheses)
     folder.write_lines(folder.REFERENCES, rows["target"])
     # Four sentences long enough to be of interest and short enough to be read.
@@ -530,7 +607,7 @@ def use(given: dict[str, Any], problems: list[str]) -> None:
     testing = "test_only" in given
     if testing and "predict" in given:
         raise BadInput(f"--test-only and --predict {given['predict']}: give one of the two")
-    folder = RunFolder.find(given.get("run_dir"), RunFolder.WEIGHTS)
+    folder = by_rank_0(lambda: RunFolder.find(given.get("run_dir"), RunFolder.WEIGHTS))
     config = folder.read_config()
     budget = dict.fromkeys(BUDGETS) if BUDGETS & given.keys() else {}
     options = SimpleNamespace(**{**saved_options(folder, config), **budget, **given})
@@ -540,14 +617,19 @@ def use(given: dict[str, Any], problems: list[str]) -> None:
         for name, value in given.items()
         if name not in free
     ]
-    (device,) = check(options, {}, problems, lambda: pick_device(options.device, options.precision))
-    codec, classes = read_tokenizer(str(folder.path / folder.TOKENIZER)), config["classes"]
+    if options.predict == "-" and world_size() > 1:
+        problems.append("--predict -: standard input goes to one process; name a file")
+    (device,) = agreed(lambda: check(options, {}, problems, lambda: own_device(options)))
+    tokenizer = folder.path / folder.TOKENIZER
+    text = by_rank_0(lambda: read_tokenizer(str(tokenizer)).tokenizer.to_str())
+    codec, classes = as_codec(Tokenizer.from_str(text)), config["classes"]
     model = build_model(options, codec, classes).to(device)
     folder.load_weights(model)
     predictor = predictor_of(options, model, codec, classes, device)
     if testing:
-        data_config = part(DataConfig, options)
-        data = TextData(data_config, load_splits(data_config, ["test"]), codec, classes)
+        config = part(DataConfig, options)
+        splits = one_before_others(lambda: load_splits(config, ["test"]))
+        data = one_before_others(lambda: TextData(config, splits, codec, classes))
         print(data.report("test"))
         with folder.locked():
             test(predictor, data, folder)
@@ -607,31 +689,47 @@ def with_notes(error: BaseException) -> str:
     return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 done, 2 the command line or data cannot work, 1 failed, 130 or 143
-    stopped."""
+def complain(*lines: str) -> None:
+    """To standard error, where other ranks than the first have their number and no other words."""
+    who, out = (f"rank {rank()}: ", sys.__stderr__) if rank() > 0 else ("", sys.stderr)
+    for line in lines:
+        print(f"error: {who}{line}", file=out, flush=True)
+
+
+def exit_status(action: Callable[[], Any]) -> int:
+    """Of a program that does this: 0 done, 2 the command line or data cannot work, 1 failed, 130 or
+    143 stopped. What there is to say goes to standard error."""
     try:
-        run(*parse_args(argv))
+        action()
     except BadInput as error:
-        for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
+        if rank() == 0 or not isinstance(error, SharedError):
+            complain(*error.lines)
         return 2
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (RunFailed, OSError) as error:
-        print("error:", with_notes(error), file=sys.stderr)
+        complain(with_notes(error))
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if is_lost_peer(error):
+            complain("another process of the run has gone, so this one ends as well")
+        elif is_out_of_memory(error):
+            complain(f"out of memory ({error}); give a smaller --batch-size")
+        else:
             raise
-        print(f"error: out of memory ({error}); give a smaller --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         error.args = ("stopped",)
-        print(f"\n{with_notes(error)}", file=sys.stderr)
+        if rank() == 0:
+            print(f"\n{with_notes(error)}", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Does what the command line says. Returns the exit status."""
+    return exit_status(lambda: run(*parse_args(argv)))
 
 
 if __name__ == "__main__":

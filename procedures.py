@@ -5,13 +5,14 @@ Source of the training rules: *Attention Is All You Need* (AIAYN, arXiv 1706.037
 
 import hashlib
 import math
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from comp_utils import (
     synchronize,
 )
 from data import NO_TARGET, Batch, TextData
+from ddp_utils import agree_to_stop, defer_sync, rank, sum_across_ranks, world_size, wrap
 from run_folder import RunFolder
 
 
@@ -172,32 +174,36 @@ def add_gradients(
     *,
     label_smoothing: float,
     r_drop: float = 0.0,
+    n_targets: int | None = None,
     seeds: list[int] | None = None,
 ) -> Tensor:
     """The gradients of one update. Returns (2,), still on the device, so that no step waits for it:
     the sum over the update's targets of the cross-entropy without smoothing, in nats, and how many
     were right.
 
-    Each micro-batch is divided by the targets of the whole update: several small ones and one large
-    one are the same update. seeds: what dropout draws from in each. Raises RunFailed.
+    micro_batches: this rank's. n_targets: of the whole update, over all ranks; left out, those of
+    micro_batches. Each micro-batch is divided by the targets of the whole update: several small
+    ones and one large one, on one process or on many, are the same update. seeds: what dropout
+    draws from in each. Raises RunFailed.
     """
-    n_targets = sum(batch.n_targets for batch in micro_batches)
+    n_targets = n_targets or sum(batch.n_targets for batch in micro_batches)
     n_times = 2 if r_drop else 1
+    share = world_size() / (n_times * n_targets)  # the mean over ranks takes world_size off again
     sums = []
     for i, batch in enumerate(micro_batches):
         if seeds:
             torch.manual_seed(seeds[i])
         src, tgt_in = batch.src.repeat(n_times, 1), batch.tgt_in.repeat(n_times, 1)
         tgt_out = batch.tgt_out.repeat(n_times, 1)
-        with room_for(batch):
+        with room_for(batch), defer_sync(model, last=batch is micro_batches[-1]):
             with precision:
                 logits = model(src, tgt_in)  # (b, l_x, n)
             loss_sum, nll_sum = loss_sums(logits, tgt_out, label_smoothing)
             if r_drop:
                 loss_sum = loss_sum + r_drop * disagreement_sum(logits, tgt_out)
-            scaler.scale(loss_sum / (n_times * n_targets)).backward()
+            scaler.scale(loss_sum * share).backward()
         sums.append(torch.stack((nll_sum, count_correct(logits, tgt_out))) / n_times)
-    return torch.stack(sums).sum(dim=0)
+    return sum_across_ranks(torch.stack(sums).sum(dim=0))
 
 
 def train_step(
@@ -209,13 +215,10 @@ def train_step(
     *,
     lr: float,
     max_norm: float,
-    label_smoothing: float,
-    r_drop: float = 0.0,
-    seeds: list[int] | None = None,
+    **loss: Any,
 ) -> Tensor:
-    """One update. Takes and returns what `add_gradients` does."""
-    rest = {"label_smoothing": label_smoothing, "r_drop": r_drop, "seeds": seeds}
-    sums = add_gradients(model, micro_batches, scaler, precision, **rest)
+    """One update. loss: what else `add_gradients` takes. Returns what it does."""
+    sums = add_gradients(model, micro_batches, scaler, precision, **loss)
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)  # before clipping, or max_norm means nothing
@@ -299,33 +302,35 @@ def evaluate(
     device: torch.device,
     precision: str,
 ) -> Evaluation:
-    """The model on every sentence of a split, or of a plan of it. Raises RunFailed."""
+    """The model on every sentence of a split, or of a plan of it. Raises RunFailed.
+
+    Batches are dealt out to the ranks, and their sums added up in the order of the plan: any number
+    of processes gives the same digits.
+    """
     model.eval()
-    sums, pairs, n_targets = [], [], 0
-    for batch in data.batches(split, plan or data.plan(split), device):
+    plan = plan or data.plan(split)
+    mine = range(rank(), len(plan), world_size())
+    sums = torch.zeros(len(plan), 2, device=device)
+    n_classes = len(data.classes or ())
+    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+    for i, batch in zip(mine, data.batches(split, [plan[i] for i in mine], device)):
         with room_for(batch), autocast(precision, device):
             logits = model(batch.src, batch.tgt_in)  # (b, l_x, n)
         nll_sum = loss_sums(logits, batch.tgt_out, 0.0)[1]
-        sums.append(torch.stack((nll_sum, count_correct(logits, batch.tgt_out))))
-        n_targets += batch.n_targets
+        sums[i] = torch.stack((nll_sum, count_correct(logits, batch.tgt_out)))
         if data.classes:
-            pairs.append(torch.cat((batch.tgt_out, logits.argmax(dim=-1)), dim=1))  # (b, 2)
-    nll, n_correct = torch.stack(sums).double().cpu().sum(dim=0).tolist()
-    confusion = None
-    if data.classes:
-        confusion = np.zeros((len(data.classes),) * 2, dtype=np.int64)
-        np.add.at(confusion, tuple(torch.cat(pairs).cpu().numpy().T), 1)
+            pairs = (batch.tgt_out[:, 0].cpu(), logits[:, 0].argmax(dim=-1).cpu())  # (b), (b)
+            confusion.index_put_(pairs, torch.tensor(1), accumulate=True)
+    nll, n_correct = sum_across_ranks(sums).cpu().double().sum(dim=0).tolist()
+    confusion = sum_across_ranks(confusion).numpy() if data.classes else None
+    n_targets = sum(data.count(split, rows)[0] for rows in plan)
     return Evaluation(nll / n_targets, n_correct / n_targets, confusion)
 
 
 # ------------------------------------------------------------------------------------------- a run
 
 
-def groups_of(batches: Iterable[Batch], n: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each update: n of them, what is left over in the last."""
-    batches = iter(batches)
-    while group := list(islice(batches, n)):
-        yield group
+NO_ROWS = np.empty(0, dtype=np.int64)  # the plan of a filler
 
 
 class StepLog:
@@ -341,10 +346,8 @@ class StepLog:
         self.waiting: list[tuple[int, float, int, int, Tensor]] = []
         self.asked = time.perf_counter()
 
-    def add(self, step: int, lr: float, micro_batches: list[Batch], sums: Tensor) -> None:
+    def add(self, step: int, lr: float, n_targets: int, n_tokens: int, sums: Tensor) -> None:
         """Takes note of an update. Raises RunFailed when a loss turns out not to be finite."""
-        n_targets = sum(batch.n_targets for batch in micro_batches)
-        n_tokens = sum(batch.n_tokens for batch in micro_batches)
         self.waiting.append((step, lr, n_targets, n_tokens, sums))
         if time.perf_counter() - self.asked > self.SECONDS_BETWEEN_QUESTIONS:
             self.ask()
@@ -432,7 +435,8 @@ class Trainer:
         self.compiled, self.signals, self.inspect = compiled, signals, inspect
         self.optimizer = build_optimizer(model, weight_decay=config.weight_decay)
         self.scaler = grad_scaler(precision, device)
-        self.runner = torch.compile(model, dynamic=True) if compiled else model
+        self.runner = wrap(model, device)
+        self.runner = torch.compile(self.runner, dynamic=True) if compiled else self.runner
         self.state = TrainingState()
         self.last_epochs: deque[dict[str, Tensor]] = deque(maxlen=config.average_checkpoints)
         self.saved_step: int | None = None  # of the last checkpoint
@@ -443,12 +447,16 @@ class Trainer:
     @property
     def updates_of_an_epoch(self) -> int:
         """Updates of a whole epoch."""
-        return math.ceil(self.n_plan / self.config.accumulate)
+        return self.updates_of(self.n_plan)
+
+    def updates_of(self, n_micro_batches: int) -> int:
+        """Updates that so many micro-batches make, over all ranks."""
+        return math.ceil(n_micro_batches / (self.config.accumulate * world_size()))
 
     def plan_steps(self) -> int:
         """Updates of the whole run: those done, the rest of this epoch, the epochs to come."""
         state, config = self.state, self.config
-        rest = math.ceil((self.n_plan - state.n_micro_batches) / config.accumulate)
+        rest = self.updates_of(self.n_plan - state.n_micro_batches)
         n_steps = state.step + rest + (config.epochs - state.epoch) * self.updates_of_an_epoch
         return min(n_steps, config.max_steps or n_steps)
 
@@ -526,28 +534,40 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """The rest of the epoch's updates."""
-        state, config = self.state, self.config
-        todo = self.plan(state.epoch)[state.n_micro_batches :]
-        todo = todo[: (self.n_steps - state.step) * config.accumulate]
-        done, rest = (math.ceil(n / config.accumulate) for n in (state.n_micro_batches, len(todo)))
-        progress = Progress(done + rest, f"epoch {state.epoch}/{config.epochs}", done)
+        state, config, n_ranks = self.state, self.config, world_size()
+        plan, n = self.plan(state.epoch), config.accumulate * n_ranks
+        updates = [
+            range(begin, min(begin + n, len(plan)))  # places in the plan
+            for begin in range(state.n_micro_batches, len(plan), n)
+        ][: self.n_steps - state.step]
+        mine = [[plan[i] for i in places[rank() :: n_ranks]] or [NO_ROWS] for places in updates]
+        batches = self.data.batches("train", list(chain.from_iterable(mine)), self.device)
+        n_done = self.updates_of(state.n_micro_batches)
+        title = f"epoch {state.epoch}/{config.epochs}"
+        progress = Progress(n_done + len(updates), title, n_done)
         self.log = StepLog(self.folder, progress, state)
         self.runner.train()
         self.start_clock()
         try:
-            batches = self.data.batches("train", todo, self.device)
-            for micro_batches in groups_of(batches, config.accumulate):
-                with self.signals.held():
-                    self.update(micro_batches)
+            with self.signals.held():  # else ranks would stop after different updates
+                for places, rows in zip(updates, mine):
+                    self.update(list(islice(batches, len(rows))), plan, places)
                     if config.checkpoint_every and state.step % config.checkpoint_every == 0:
                         self.save()
                         self.start_clock()
+                    if agree_to_stop(bool(self.signals.received), state.step):
+                        break
+            if agree_to_stop(False, state.step):  # another rank was asked to
+                raise Stopped(signal.SIGTERM)
             self.stop_clock()
         finally:
             progress.close()
 
-    def update(self, micro_batches: list[Batch]) -> None:
-        """One update, and what is to be noted of it."""
+    def update(self, micro_batches: list[Batch], plan: list[np.ndarray], places: range) -> None:
+        """One update of the micro-batches at these places, and what is to be noted of it.
+
+        micro_batches: those of them that are this rank's.
+        """
         state, config = self.state, self.config
         lr = lr_at(
             state.step + 1,
@@ -556,7 +576,9 @@ class Trainer:
             warmup_steps=config.warmup_steps,
             n_steps=self.n_steps,
         )
-        places = range(state.n_micro_batches, state.n_micro_batches + len(micro_batches))
+        counts = [self.data.count("train", plan[place]) for place in places]
+        n_targets, n_tokens = map(sum, zip(*counts))
+        mine = places[rank() :: world_size()] or [0]
         sums = train_step(
             self.runner,
             micro_batches,
@@ -567,11 +589,12 @@ class Trainer:
             max_norm=config.max_norm,
             label_smoothing=config.label_smoothing,
             r_drop=config.r_drop,
-            seeds=[dropout_seed(self.seed, state.epoch, place) for place in places],
+            n_targets=n_targets,
+            seeds=[dropout_seed(self.seed, state.epoch, place) for place in mine],
         )
         state.step += 1
-        state.n_micro_batches += len(micro_batches)
-        self.log.add(state.step, lr, micro_batches, sums)
+        state.n_micro_batches += len(places)
+        self.log.add(state.step, lr, n_targets, n_tokens, sums)
 
     def start_clock(self) -> None:
         """What follows is training, and counts for the seconds of the epoch."""
@@ -607,7 +630,7 @@ class Trainer:
                 event="epoch",
                 epoch=state.epoch,
                 seconds=state.seconds,
-                updates=math.ceil(len(plan) / config.accumulate),
+                updates=self.updates_of(len(plan)),
                 updates_of_an_epoch=self.updates_of_an_epoch,
                 tokens=state.n_tokens,
                 padding_share=self.data.padding_share("train", plan),

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from comp_utils import BadInput, RunFailed
+from ddp_utils import agreed, broadcast_weights, by_rank_0, rank
 
 
 def sha256(*parts: bytes | memoryview) -> str:
@@ -44,7 +45,7 @@ class RunFolder:
 
     What is written is whole on the disk or as it was before, and has a checksum that is looked at
     when it is read. Files of a folder may come from anybody: none is run, and no link is followed
-    out of the folder.
+    out of the folder. Of many processes rank 0 alone reads and writes it: the others are told.
     """
 
     CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
@@ -101,38 +102,46 @@ class RunFolder:
         Makes the folder if need be. Raises BadInput.
         """
         lock = FileLock(self.path / self.LOCK_FILE, blocking=False)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            remedy = "wait for it, stop it, or give another folder"
-            raise BadInput(
-                f"--run-dir {self.path}: another process writes to it; {remedy}"
-            ) from None
-        except OSError as error:
-            remedy = "give another folder"
-            raise BadInput(
-                f"--run-dir {self.path}: cannot be written ({error.strerror}); {remedy}"
-            ) from None
+
+        def acquire() -> None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            except Timeout:
+                reason = "another process writes to it"
+                remedy = "wait for it, stop it, or give another folder"
+                raise BadInput(f"--run-dir {self.path}: {reason}; {remedy}") from None
+            except OSError as error:
+                reason = f"cannot be written ({error.strerror})"
+                raise BadInput(f"--run-dir {self.path}: {reason}; give another folder") from None
+
+        agreed(acquire if rank() == 0 else lambda: None)
         try:
             yield
         finally:
-            lock.release()
+            lock.release()  # does nothing where it was not acquired
 
     def clear(self) -> None:
         """Of a run that was here before, no file of ours stays."""
+        if rank() > 0:
+            return
         for name in (value for key, value in vars(RunFolder).items() if key.isupper()):
             if name != self.LOCK_FILE:
                 (self.path / name).unlink(missing_ok=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """config.json, with checksums of itself and of the tokenizer, which is there already."""
+        if rank() > 0:
+            return
         config = {**config, "tokenizer_checksum": sha256(self._read(self.TOKENIZER))}
         config["checksum"] = self._config_checksum(config)
         self._write(self.CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_config(self) -> dict[str, Any]:
         """config.json. Raises BadInput if it, or the tokenizer, is not as rhea wrote it."""
+        return by_rank_0(self._read_config)
+
+    def _read_config(self) -> dict[str, Any]:
         path = self.path / self.CONFIG
         try:
             config = json.loads(self._read(self.CONFIG, 2**24))
@@ -169,6 +178,8 @@ class RunFolder:
 
     def log(self, **event: Any) -> None:
         """One line more in metrics.jsonl, flushed at once. Raises RunFailed."""
+        if rank() > 0:
+            return
         path = self._own(self.METRICS)
         try:
             with open(path, "a", encoding="utf-8") as out:
@@ -189,12 +200,18 @@ class RunFolder:
 
     def save_weights(self, model: nn.Module) -> None:
         """best.safetensors. Raises RunFailed."""
+        if rank() > 0:
+            return
         weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
         self._write(self.WEIGHTS, save(weights, {"checksum": weights_checksum(weights)}))
 
     def load_weights(self, model: nn.Module) -> None:
         """Fills a model from best.safetensors. Raises BadInput if the weights are another
         model's."""
+        agreed(lambda: self._load_weights(model) if rank() == 0 else None)
+        broadcast_weights(model)
+
+    def _load_weights(self, model: nn.Module) -> None:
         path = self._own(self.WEIGHTS)
         try:
             with safe_open(path, "pt") as file:
@@ -215,6 +232,8 @@ class RunFolder:
 
         The file is one of torch.save, whose zip comment is the checksum of all that is before it.
         """
+        if rank() > 0:
+            return
         metrics = self._read(self.METRICS)
         recorded = {"n_bytes": len(metrics), "checksum": sha256(metrics)}
         buffer = io.BytesIO()
@@ -232,6 +251,9 @@ class RunFolder:
 
         Raises BadInput if there was one, and none is whole.
         """
+        return by_rank_0(self._load_checkpoint)
+
+    def _load_checkpoint(self) -> dict[str, Any] | None:
         problems: list[str] = []
         for name in (self.LAST, self.PREVIOUS):
             path = self._own(name)
@@ -270,6 +292,9 @@ class RunFolder:
         Tests made since then stay, and are returned. Raises BadInput if what the checkpoint knows
         is not there.
         """
+        return by_rank_0(lambda: self._rewind_metrics(checkpoint))
+
+    def _rewind_metrics(self, checkpoint: dict[str, Any] | None) -> list[dict[str, Any]]:
         known = checkpoint["metrics"] if checkpoint else {"n_bytes": 0, "checksum": sha256()}
         data = self._read(self.METRICS)
         head, tail = data[: known["n_bytes"]], data[known["n_bytes"] :]
@@ -301,6 +326,8 @@ class RunFolder:
 
     def _write(self, name: str, data: bytes | memoryview, keep_as: str | None = None) -> None:
         """Puts a file in the place of the one before, which keep_as keeps. Raises RunFailed."""
+        if rank() > 0:
+            return
         path, temporary = self.path / name, self.path / (name + ".tmp")
         try:
             temporary.unlink(missing_ok=True)  # a kill may have left one
