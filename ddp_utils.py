@@ -86,8 +86,7 @@ def launch(n_processes: int, *command: str) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_one(n_processes)))
     os.environ[THREADS_SET] = "1"
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes speak
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()  # of the launcher, which tells in twenty lines what the processes tell in one
     try:
         run.run(run.parse_args(["--standalone", f"--nproc-per-node={n_processes}", *command]))
     except ChildFailedError as error:
@@ -117,6 +116,8 @@ def process_group(device: str) -> Iterator[None]:
     own = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if uses_cuda else None
     if own:
         torch.cuda.set_device(own)  # before the group starts, or all would meet on the first
+    # A restarted group may find the store of the one before, and must not take its addresses.
+    store = dist.PrefixStore(f"start {restarts()[0]}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if uses_cuda else "gloo",
         store=dist.PrefixStore("group", store),

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ddp_main
 import main
 
 PROJECT = Path(__file__).parent.parent
@@ -17,7 +18,7 @@ def commands():
 
 def test_every_option_in_the_readme_is_one_and_every_option_is_in_the_readme():
     said = set(re.findall(r"--[a-z][a-z-]*[a-z]", re.sub(r"`hf [^`]*`", "", README)))
-    options = {main.flag(name) for name in main.option_fields()}
+    options = {main.flag(name) for name in main.option_fields(ddp_main.DDP_GROUPS)}
     assert said == options | {"--help"}
 
 
@@ -25,7 +26,7 @@ def test_every_command_in_the_readme_has_options_that_can_be():
     lines = [line.split("main.py", 1)[1].split() for line in commands() if "main.py" in line]
     assert len(lines) >= 4
     for argv in lines:
-        assert main.parse_args(argv)[1] == []
+        assert main.parse_args(argv, ddp_main.DDP_GROUPS)[1] == []
 
 
 def test_ci_runs_the_one_test_command_of_the_readme():
@@ -43,7 +44,7 @@ def test_the_table_of_contents_has_every_module_and_no_other():
 
 
 def test_nothing_happens_on_import():
-    code = "import main, procedures, decoding, run_folder, data, models, components, comp_utils"
+    code = "import main, ddp_main, ddp_utils, procedures, decoding, run_folder, data, models, components, comp_utils"
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
     )
