@@ -17,7 +17,8 @@ def commands():
 
 
 def test_every_option_in_the_readme_is_one_and_every_option_is_in_the_readme():
-    said = set(re.findall(r"--[a-z][a-z-]*[a-z]", re.sub(r"`hf [^`]*`", "", README)))
+    said = set(re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", re.sub(r"`hf [^`]*`", "", README)))
+    said -= {"--nproc-per-node", "--max-restarts", "--nnodes", "--node-rank", "--master-addr"}
     options = {main.flag(name) for name in main.option_fields(ddp_main.DDP_GROUPS)}
     assert said == options | {"--help"}
 
@@ -44,7 +45,7 @@ def test_the_table_of_contents_has_every_module_and_no_other():
 
 
 def test_nothing_happens_on_import():
-    code = "import main, ddp_main, ddp_utils, procedures, decoding, run_folder, data, models, components, comp_utils"
+    code = "import " + ", ".join(path.stem for path in PROJECT.glob("*.py"))
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
     )
