@@ -8,6 +8,7 @@ import platform
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+IMPORTED = time.perf_counter()
 
 
 class BadInput(ValueError):
@@ -42,7 +45,7 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
     limits: `choices`, a tuple; `low`, the least value allowed; `above` and `below`, bounds
     themselves not allowed; `unset`, what holds when the default is None; `negatable`, a switch that
-    also has its --no- form.
+    also has its --no- form; `many`, several values after one flag.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -153,6 +156,58 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def set_up(device: torch.device, *, tf32: bool, deterministic: bool) -> None:
+    """Arithmetic of all that follows. Raises BadInput.
+
+    tf32: matrix products with 10 bits of mantissa, which NVIDIA's GPUs since Ampere have.
+    deterministic: kernels that give the same digits each time, or an error where there is none.
+    """
+    if tf32 and device.type != "cuda":
+        raise BadInput(f"--tf32: is for cuda, and this run is on {device.type}; leave it out")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def peak_memory(device: torch.device) -> tuple[int | None, int | None]:
+    """Most bytes that this process held, and that it held on the device, which a CPU has not."""
+    if device.type == "cuda":
+        on_device = torch.cuda.max_memory_allocated(device)
+    elif device.type == "mps":
+        on_device = torch.mps.driver_allocated_memory()  # now: MPS keeps no peak
+    else:
+        on_device = None
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None, on_device
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, on_device
+
+
+def seconds_since_start() -> float:
+    """Since this process began, where the system tells when; else since this module was read."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.perf_counter() - IMPORTED
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def driver() -> str | None:
+    """What stands between torch and the device."""
+    if not torch.cuda.is_available():
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        version = said.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        version = "unknown"  # the record of a figure is not worth the figure
+    return f"NVIDIA {version}, CUDA {torch.version.cuda}"
+
+
 def device_name(device: torch.device) -> str:
     """The maker's name of the processor or GPU."""
     if device.type == "cuda":
@@ -167,6 +222,9 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     return {
         "device": device.type,
         "device_name": device_name(device),
+        "processor": device_name(torch.device("cpu")),
+        "driver": driver() if device.type == "cuda" else None,
+        "mps_fallback": os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

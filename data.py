@@ -761,25 +761,24 @@ class TextData:
 
     def longest_first(self, split: str, plan: list[np.ndarray]) -> list[np.ndarray]:
         """The batches of a plan, those with most positions first, and of these the widest."""
-        sizes = [(n * width, width) for n, width in (self._size(split, rows) for rows in plan)]
+        widths = [sum(self.widths(split, rows)) for rows in plan]
+        sizes = [(len(rows) * width, width) for rows, width in zip(plan, widths)]
         return [plan[i] for i in sorted(range(len(plan)), key=lambda i: sizes[i], reverse=True)]
 
     def padding_share(self, split: str, plan: list[np.ndarray]) -> float:
         """Share of the positions of a plan, source and target, that hold no token."""
         n_tokens = n_positions = 0
         for rows in plan:
-            n, width = self._size(split, rows)
-            n_tokens += int(self._cut_lengths(split, rows).sum())
-            n_positions += n * width
+            n_tokens += self.count(split, rows)[1]
+            n_positions += len(rows) * sum(self.widths(split, rows))
         return 1 - n_tokens / n_positions
 
     def _cut_lengths(self, split: str, rows: np.ndarray) -> np.ndarray:
         return np.minimum(self.lengths[split][rows], self.config.max_length)  # (n, 2)
 
-    def _size(self, split: str, rows: np.ndarray) -> tuple[int, int]:
-        """Sentences of a batch, and how wide source and target are together."""
-        widths = np.maximum(self._cut_lengths(split, rows).max(axis=0), self.pad_to)  # (2)
-        return len(rows), int(widths.sum())
+    def widths(self, split: str, rows: np.ndarray) -> tuple[int, int]:
+        """Positions of source and target of a batch, padding included."""
+        return tuple(np.maximum(self._cut_lengths(split, rows).max(axis=0), self.pad_to).tolist())
 
     def plan_fingerprint(self, seed: int) -> str:
         """Two runs that show the same one train on the same ids in the same batches."""

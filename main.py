@@ -44,8 +44,10 @@ from comp_utils import (
     option,
     pick_device,
     set_seed,
+    set_up,
 )
 from data import (
+    Batch,
     DataConfig,
     TextCodec,
     TextData,
@@ -71,6 +73,17 @@ from ddp_utils import (
     world_size,
 )
 from decoding import EXTRA_LENGTH, DecodingConfig, Predictor, translation_scores
+from measure import (
+    TF32_TOLERANCE,
+    TOLERANCES,
+    MeasureConfig,
+    as_record,
+    benchmark,
+    check_device,
+    compare,
+    record_in_words,
+    work_fingerprint,
+)
 from models import SIZES, ModelConfig, Transformer, TransformerClassifier, count_parameters
 from procedures import Trainer, TrainingConfig, evaluate, in_words, paper_lr
 from run_folder import RunFolder
@@ -83,6 +96,10 @@ class RunConfig:
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option(
         "fp32", "of matrix products; weights stay in fp32", choices=("fp32", "bf16", "fp16")
+    )
+    tf32: bool = option(False, "let CUDA multiply fp32 matrices with 10 bits of mantissa")
+    deterministic: bool = option(
+        False, "take kernels that give the same digits each time, on CUDA slower ones"
     )
     compile: bool = option(False, "let torch.compile make kernels for this model first")
     seed: int = option(0, "of weights, dropout, batch order", low=0, below=2**63)
@@ -123,6 +140,7 @@ GROUPS: Groups = {
     "model": (SizeConfig, ModelConfig),
     "training": (TrainingConfig,),
     "use": (UseConfig, DecodingConfig),
+    "measure": (MeasureConfig,),
 }
 
 # The best settings known for an embedded data set, found on its training and validation splits.
@@ -154,6 +172,23 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup_steps": 1500,
         "average_checkpoints": 5,
     },
+}
+# What --workload names: settings that do not change, for machines to be compared by.
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "original": {
+        "dataset": "rotten_tomatoes",
+        "task": "classification",
+        "max_length": 512,
+        "pad_to": 512,
+        "batch_size": 16,
+        "n_layers": 6,
+        "d_model": 16,
+        "d_ff": 64,
+        "n_heads": 8,
+        "dropout": 0.1,
+    },
+    "reviews": {"dataset": "rotten_tomatoes", **RECIPES["rotten_tomatoes"]},
+    "translation": {"dataset": "libreoffice_help", **RECIPES["libreoffice_help"]},
 }
 RECIPE_OF_TASK = {RECIPES[name]["task"]: name for name in reversed(RECIPES)}
 
@@ -189,8 +224,9 @@ def option_fields(groups: Groups = GROUPS) -> dict[str, Any]:
 
 
 def kind_of(f: Any) -> type:
-    """int for a field of type int or int | None."""
-    return next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
+    """int for a field of type int or int | None, tuple for one of several values."""
+    kind = next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
+    return typing.get_origin(kind) or kind
 
 
 def build_parser(groups: Groups = GROUPS) -> Parser:
@@ -216,6 +252,9 @@ def build_parser(groups: Groups = GROUPS) -> Parser:
             default = f.metadata.get("unset", "none") if default is None else default
             limits = f"; {allowed(f.metadata)}" if allowed(f.metadata) else ""
             kind = kind_of(f).__name__.upper()
+            if f.metadata.get("many"):
+                group.add_argument(flag(f.name), metavar="RECORD", nargs="+", help=text)
+                continue
             metavar = {"INT": "N", "FLOAT": "X", "STR": f.name.split("_")[-1].upper()}[kind]
             group.add_argument(
                 flag(f.name), metavar=metavar, help=f"{text}{limits} (default: {default})"
@@ -239,7 +278,7 @@ def parse_args(
     for name, text in vars(namespace).items():
         f, kind = known[name], kind_of(known[name])
         try:
-            value = text if kind is bool else kind(text)
+            value = text if kind is bool else kind(text)  # of several values, a tuple
             if value != value or value == "":
                 raise ValueError
         except ValueError:
@@ -255,9 +294,12 @@ def parse_args(
 def resolve(given: dict[str, Any]) -> SimpleNamespace:
     """Every option: as given, else by the recipe, else by the model's size, else the default."""
     defaults = {name: f.default for name, f in option_fields().items()}
-    dataset = given.get("dataset", defaults["dataset"])
+    workload = WORKLOADS.get(given.get("workload"))
+    dataset = given.get("dataset", (workload or defaults)["dataset"])
     task = given.get("task", RECIPES.get(dataset, {}).get("task", defaults["task"]))
-    recipe = RECIPES.get(dataset) or RECIPES[RECIPE_OF_TASK.get(task, defaults["dataset"])]
+    recipe = (
+        workload or RECIPES.get(dataset) or RECIPES[RECIPE_OF_TASK.get(task, defaults["dataset"])]
+    )
     replaced = set(BUDGETS) if BUDGETS & given.keys() else set()
     if "model" in given:  # a size asked for by name is that size whole, without a recipe's changes
         replaced |= asdict(ModelConfig()).keys()
@@ -342,7 +384,39 @@ def predictor_of(
 def own_device(options: SimpleNamespace) -> torch.device:
     """The device of this process."""
     mine = {"local_rank": local_rank(), "local_world_size": local_world_size()}
-    return pick_device(options.device, options.precision, **mine)
+    device = pick_device(options.device, options.precision, **mine)
+    set_up(device, tf32=options.tf32, deterministic=options.deterministic)
+    return device
+
+
+def begin(
+    given: dict[str, Any], problems: list[str]
+) -> tuple[SimpleNamespace, torch.device, RunFolder]:
+    """The options, the device and the folder of something new. Nothing is written yet."""
+    options = resolve(given)
+    questions = [
+        lambda: own_device(options),
+        lambda: RunFolder.plan(options.run_dir, options.dataset, options.overwrite),
+    ]
+    device, folder = agreed(lambda: check(options, given, problems, *questions))
+    set_seed(options.seed)
+    return options, device, broadcast(folder)  # whose name may be the time
+
+
+def facts_of(
+    options: SimpleNamespace, data: TextData, model: nn.Module, device: torch.device
+) -> dict[str, Any]:
+    """What config.json and records say beside the options."""
+    plan = data.plan_fingerprint(options.seed)
+    return {
+        "classes": data.classes,
+        "parameters": count_parameters(model),
+        "data_fingerprint": data.fingerprint,
+        "plan_fingerprint": plan,
+        "work_fingerprint": work_fingerprint(plan, part(ModelConfig, options), options.r_drop),
+        "processes": world_size(),
+        **machine_facts(device),
+    }
 
 
 def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
@@ -351,25 +425,12 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
     if given.get("resume"):
         folder, config, options, changes = resumed(given, problems)
         (device,) = agreed(lambda: check(options, {}, [], lambda: own_device(options)))
+        set_seed(options.seed)
     else:
-        options = resolve(given)
-        questions = [
-            lambda: own_device(options),
-            lambda: RunFolder.plan(options.run_dir, options.dataset, options.overwrite),
-        ]
-        device, folder = agreed(lambda: check(options, given, problems, *questions))
-        folder = broadcast(folder)  # whose name may be the time
-    set_seed(options.seed)
+        options, device, folder = begin(given, problems)
     data = load_data(options, folder if config else None)
     model = build_model(options, data.codec, data.classes).to(device)
-    facts = {
-        "classes": data.classes,
-        "parameters": count_parameters(model),
-        "data_fingerprint": data.fingerprint,
-        "plan_fingerprint": data.plan_fingerprint(options.seed),
-        "processes": world_size(),
-        **machine_facts(device),
-    }
+    facts = facts_of(options, data, model, device)
     if config:
         agreed(lambda: check_same_data(options, config, facts))
     with StopSignals() as signals, folder.locked():
@@ -605,8 +666,6 @@ def test_translations(predictor: Predictor, data: TextData, folder: RunFolder) -
 def use(given: dict[str, Any], problems: list[str]) -> None:
     """Tests, or predicts with, the model of a run folder."""
     testing = "test_only" in given
-    if testing and "predict" in given:
-        raise BadInput(f"--test-only and --predict {given['predict']}: give one of the two")
     folder = by_rank_0(lambda: RunFolder.find(given.get("run_dir"), RunFolder.WEIGHTS))
     config = folder.read_config()
     budget = dict.fromkeys(BUDGETS) if BUDGETS & given.keys() else {}
@@ -645,6 +704,9 @@ def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
         kind, value, limits = kind_of(known[name]), saved[name], known[name].metadata
         if value is None and known[name].default is None:
             continue
+        if limits.get("many"):
+            wrong.append(name)
+            continue
         fits = isinstance(value, (int, float) if kind is float else kind)
         fits = fits and isinstance(value, bool) == (kind is bool)
         if not fits or limit_problem(name, value, limits, str(value)):
@@ -654,7 +716,8 @@ def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
             f"{folder.path / folder.CONFIG}: {', '.join(wrong)} is not as this version of rhea "
             "writes it; use the version that made the run, or train anew"
         )
-    return {**saved, "resume": False, "overwrite": False, "test_only": False, "predict": None}
+    anew = {"resume", "overwrite", *INSTEAD}
+    return {**saved, **{name: known[name].default for name in anew}}
 
 
 def predict(predictor: Predictor, name: str) -> None:
@@ -676,12 +739,132 @@ def predict(predictor: Predictor, name: str) -> None:
         print(f"warning: lines cut to {longest} tokens: {n_cut}", file=sys.stderr)
 
 
+# What to do instead of training: the option that asks for it, and what may be said with it. None:
+# all that training takes.
+INSTEAD: dict[str, set[str] | None] = {
+    "compare": {"figure", "allow_different_work"},
+    "check_device": None,
+    "benchmark": None,
+    "test_only": FREE_IN_USE | FREE_IN_TEST,
+    "predict": FREE_IN_USE,
+}
+
+
 def run(given: dict[str, Any], problems: list[str]) -> None:
     """What the command line asks for. problems: what is wrong with it already."""
-    if "test_only" in given or "predict" in given:
-        use(given, problems)
-    else:
+    asked = [name for name in INSTEAD if name in given]
+    if len(asked) > 1:
+        problems.append(f"{' and '.join(map(flag, asked))}: give one of them")
+    if "compare" not in given:
+        problems += [
+            f"{flag(name)}: is for what --compare names; add it"
+            for name in ("figure", "allow_different_work")
+            if name in given
+        ]
+    if "resume" in given and asked:
+        problems.append(f"--resume and {flag(asked[0])}: give one of the two")
+    if len(asked) > 1 or ("resume" in given and asked):
+        agreed(lambda: check(resolve({}), {}, problems))
+    if not asked:
         train_and_test(given, problems)
+    elif asked[0] in ("test_only", "predict"):
+        use(given, problems)
+    elif asked[0] == "compare":
+        compare_records(given, problems)
+    else:
+        measure(given, problems)
+
+
+def compare_records(given: dict[str, Any], problems: list[str]) -> None:
+    """Prints the records named, and draws them."""
+    free = {"compare", "figure", "allow_different_work"}
+    problems = problems + [
+        f"{flag(name)}: has no meaning with --compare; leave it out"
+        for name in given
+        if name not in free
+    ]
+    rest = (given.get("figure"), "allow_different_work" in given)
+    question = partial(compare, given["compare"], *rest)
+    (table,) = agreed(lambda: check(resolve({}), {}, problems, question))
+    print(table)
+
+
+def measure(given: dict[str, Any], problems: list[str]) -> None:
+    """Times updates, or holds a device against the CPU. Raises RunFailed if they do not agree."""
+    options, device, folder = begin(given, problems)
+    data = load_data(options, None)
+    model = build_model(options, data.codec, data.classes).to(device)
+    facts = facts_of(options, data, model, device)
+    config, training = part(ModelConfig, options), part(TrainingConfig, options)
+    print_facts(options, data, facts, folder)
+    if options.check_device:
+        written_out = SimpleNamespace(**{**vars(options), "attention": "list"})
+        reference = build_model(written_out, data.codec, data.classes)
+        plan = data.longest_first("train", data.plan("train", seed=options.seed, epoch=1))
+        (batch,) = data.batches("train", plan[len(plan) // 2 :][:1], torch.device("cpu"))
+        check_against_cpu(options, model, reference, batch, device)
+        return
+    with StopSignals() as signals, folder.locked():
+        folder.clear()
+        folder.write_tokenizer(data.codec.tokenizer.to_str(pretty=True))
+        folder.write_config({"options": vars(options), **facts})
+        trainer = Trainer(
+            model,
+            data,
+            training,
+            folder,
+            device=device,
+            precision=options.precision,
+            seed=options.seed,
+            compiled=options.compile,
+            signals=signals,
+        )
+        n_out = len(data.classes) if data.classes else data.codec.n_vocab
+        figures = benchmark(trainer, config, options.benchmark, n_out=n_out)
+        named = WORKLOADS.get(options.workload, {})
+        changed = any(getattr(options, name) != value for name, value in named.items())
+        workload = f"{options.workload}, changed" if changed else options.workload
+        record = as_record(figures, facts, options, config) | {"workload": workload}
+        folder.write_benchmark(record)
+    print(f"{record_in_words(record)}\nrecord: {folder.path / folder.BENCHMARK}")
+
+
+def check_against_cpu(
+    options: SimpleNamespace,
+    model: nn.Module,
+    reference: nn.Module,
+    batch: Batch,
+    device: torch.device,
+) -> None:
+    """Prints the largest differences and a verdict. Raises RunFailed."""
+    tolerance = TF32_TOLERANCE if options.tf32 else TOLERANCES[options.precision]
+    shares, agrees = check_device(
+        model,
+        reference,
+        batch,
+        device=device,
+        precision=options.precision,
+        tolerance=tolerance,
+        label_smoothing=options.label_smoothing,
+    )
+    n, l_z = batch.src.shape
+    print(
+        f"{n} sentences of {l_z} source and {batch.tgt_in.shape[1]} target tokens, "
+        f"{options.attention} attention in {options.precision} on {device}, against list attention "
+        "in fp32 on the CPU\nlargest difference, as a share of the reference's largest number:"
+    )
+    known = [(name, share) for name, share in shares if name in ("loss", "logits")]
+    rest = [(name, share) for name, share in shares if name not in ("loss", "logits")]
+    for name, share in [*known, *rest[:5]]:
+        print(f"  {share:.1e}  {name}")
+    print(f"  {len(rest) - 5} more gradients differ less")
+    if not agrees:
+        name, share = shares[0]
+        raise RunFailed(
+            f"{device} does not compute what the CPU does: {name} differs by {share:.1e}, and "
+            f"{tolerance:.0e} is allowed in {options.precision}"
+        )
+    print(f"they agree: all within {tolerance:.0e}")
 
 
 def with_notes(error: BaseException) -> str:

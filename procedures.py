@@ -443,6 +443,7 @@ class Trainer:
         self.began: float | None = None  # when the clock was started, if it runs
         # Batches have the same sizes in every epoch: only which of the like go together changes.
         self.n_plan = len(self.plan(1))
+        self.n_steps = self.plan_steps()
 
     @property
     def updates_of_an_epoch(self) -> int:
@@ -474,7 +475,6 @@ class Trainer:
     def train(self) -> None:
         """Trains to the end, from where the state is. Raises Stopped and RunFailed."""
         if not self.is_over:
-            self.n_steps = self.plan_steps()
             if self.n_steps <= self.config.warmup_steps:
                 print(
                     f"warning: {self.n_steps} updates in all, and --warmup-steps "
@@ -532,16 +532,28 @@ class Trainer:
         where = {"device": self.device, "precision": self.precision}
         return evaluate(self.model, self.data, "validation", plan, **where)
 
+    def deal(self, plan: list[np.ndarray], begin: int = 0) -> list[range]:
+        """The updates of a plan from a place on: the places of their micro-batches, of all ranks.
+        Those at every world_size-th place are one rank's."""
+        n = self.config.accumulate * world_size()
+        return [range(i, min(i + n, len(plan))) for i in range(begin, len(plan), n)]
+
+    def batches(
+        self, plan: list[np.ndarray], updates: list[range]
+    ) -> Iterator[tuple[list[Batch], range]]:
+        """This rank's micro-batches of each update, or a filler; and the places of all ranks'."""
+        mine = [
+            [plan[i] for i in places[rank() :: world_size()]] or [NO_ROWS] for places in updates
+        ]
+        batches = self.data.batches("train", list(chain.from_iterable(mine)), self.device)
+        for places, rows in zip(updates, mine):
+            yield list(islice(batches, len(rows))), places
+
     def train_epoch(self) -> None:
         """The rest of the epoch's updates."""
-        state, config, n_ranks = self.state, self.config, world_size()
-        plan, n = self.plan(state.epoch), config.accumulate * n_ranks
-        updates = [
-            range(begin, min(begin + n, len(plan)))  # places in the plan
-            for begin in range(state.n_micro_batches, len(plan), n)
-        ][: self.n_steps - state.step]
-        mine = [[plan[i] for i in places[rank() :: n_ranks]] or [NO_ROWS] for places in updates]
-        batches = self.data.batches("train", list(chain.from_iterable(mine)), self.device)
+        state, config = self.state, self.config
+        plan = self.plan(state.epoch)
+        updates = self.deal(plan, state.n_micro_batches)[: self.n_steps - state.step]
         n_done = self.updates_of(state.n_micro_batches)
         title = f"epoch {state.epoch}/{config.epochs}"
         progress = Progress(n_done + len(updates), title, n_done)
@@ -550,8 +562,12 @@ class Trainer:
         self.start_clock()
         try:
             with self.signals.held():  # else ranks would stop after different updates
-                for places, rows in zip(updates, mine):
-                    self.update(list(islice(batches, len(rows))), plan, places)
+                for micro_batches, places in self.batches(plan, updates):
+                    lr = self.lr_of(state.step + 1)
+                    counts, sums = self.step(micro_batches, plan, places, lr)
+                    state.step += 1
+                    state.n_micro_batches += len(places)
+                    self.log.add(state.step, lr, *counts, sums)
                     if config.checkpoint_every and state.step % config.checkpoint_every == 0:
                         self.save()
                         self.start_clock()
@@ -563,19 +579,23 @@ class Trainer:
         finally:
             progress.close()
 
-    def update(self, micro_batches: list[Batch], plan: list[np.ndarray], places: range) -> None:
-        """One update of the micro-batches at these places, and what is to be noted of it.
-
-        micro_batches: those of them that are this rank's.
-        """
-        state, config = self.state, self.config
-        lr = lr_at(
-            state.step + 1,
-            peak=config.lr,
-            schedule=config.schedule,
-            warmup_steps=config.warmup_steps,
+    def lr_of(self, step: int) -> float:
+        """The learning rate of an update of this run."""
+        return lr_at(
+            step,
+            peak=self.config.lr,
+            schedule=self.config.schedule,
+            warmup_steps=self.config.warmup_steps,
             n_steps=self.n_steps,
         )
+
+    def step(
+        self, micro_batches: list[Batch], plan: list[np.ndarray], places: range, lr: float
+    ) -> tuple[tuple[int, int], Tensor]:
+        """One update from this rank's micro_batches and all that is at these places of the plan.
+
+        Returns its targets and tokens over all ranks, and what `train_step` returns.
+        """
         counts = [self.data.count("train", plan[place]) for place in places]
         n_targets, n_tokens = map(sum, zip(*counts))
         mine = places[rank() :: world_size()] or [0]
@@ -586,15 +606,13 @@ class Trainer:
             self.scaler,
             autocast(self.precision, self.device),
             lr=lr,
-            max_norm=config.max_norm,
-            label_smoothing=config.label_smoothing,
-            r_drop=config.r_drop,
+            max_norm=self.config.max_norm,
+            label_smoothing=self.config.label_smoothing,
+            r_drop=self.config.r_drop,
             n_targets=n_targets,
-            seeds=[dropout_seed(self.seed, state.epoch, place) for place in mine],
+            seeds=[dropout_seed(self.seed, self.state.epoch, place) for place in mine],
         )
-        state.step += 1
-        state.n_micro_batches += len(places)
-        self.log.add(state.step, lr, n_targets, n_tokens, sums)
+        return (n_targets, n_tokens), sums
 
     def start_clock(self) -> None:
         """What follows is training, and counts for the seconds of the epoch."""
@@ -703,6 +721,7 @@ class Trainer:
             path = self.folder.path / self.folder.LAST
             raise BadInput(f"{path}: not a checkpoint of this run ({reason}); train anew") from None
         self.state, self.saved_step = state, state.step
+        self.n_steps = self.plan_steps()
         self.last_epochs.extend(checkpoint["last_epochs"])
 
 

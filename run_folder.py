@@ -52,7 +52,7 @@ class RunFolder:
     WEIGHTS, LAST, PREVIOUS = "best.safetensors", "last.pt", "previous.pt"
     CURVES, CONFUSION, ATTENTION = "curves.png", "confusion.png", "attention.png"
     HYPOTHESES, REFERENCES = "test.hypotheses.txt", "test.references.txt"
-    LOCK_FILE = ".lock"
+    BENCHMARK, LOCK_FILE = "benchmark.json", ".lock"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -171,6 +171,10 @@ class RunFolder:
     def write_tokenizer(self, text: str) -> None:
         """tokenizer.json."""
         self._write(self.TOKENIZER, text.encode())
+
+    def write_benchmark(self, record: dict[str, Any]) -> None:
+        """benchmark.json."""
+        self._write(self.BENCHMARK, (json.dumps(record, ensure_ascii=False) + "\n").encode())
 
     def write_lines(self, name: str, lines: list[str]) -> None:
         """A text file with a line each, for other programs to read."""

@@ -458,7 +458,9 @@ def test_every_field_of_the_settings_is_a_flag(flag):
     field = main.option_fields()[name]
     kind, limits = main.kind_of(field), field.metadata
     fits = {bool: True, int: limits.get("low"), float: 0.5, str: limits.get("choices", ["a"])[-1]}
-    argv = [flag] if kind is bool else [flag, str(fits[kind])]
+    fits[tuple] = ("a", "b")
+    values = [] if kind is bool else fits[tuple] if kind is tuple else [str(fits[kind])]
+    argv = [flag, *values]
     assert main.parse_args(argv) == ({name: fits[kind]}, [])
 
 
