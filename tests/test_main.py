@@ -869,7 +869,7 @@ USE_REFUSED = {
     "missing file": ("--predict nowhere.txt --run-dir copy", ["nowhere.txt", "give a file"]),
     "a folder": ("--predict mine --run-dir copy", ["mine", "give a file"]),
     "not UTF-8": ("--predict latin.txt --run-dir copy", ["latin.txt, line 2, byte 4", "UTF-8"]),
-    "both": ("--predict in.txt --test-only --run-dir copy", ["--predict in.txt", "one of the two"]),
+    "both": ("--predict in.txt --test-only --run-dir copy", ["--predict", "give one of them"]),
     "another model": (
         "--test-only --d-model 32 --run-dir copy",
         ["--d-model 32", "settled by the run", "leave it out"],
