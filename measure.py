@@ -229,9 +229,10 @@ def record_in_words(record: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------- device against CPU
 
-# Largest difference from the reference, as a share of the reference's largest number. Roundings of
-# 2^-24, 2^-8 and 2^-11 each add up over some hundred products in a row.
-TOLERANCES = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
+# Largest difference from the reference, as a share of the reference's largest number. Roundings by
+# 2^-24, 2^-8 and 2^-11 add up over the layers, and one that turns a sign before a ReLU closes or
+# opens a path of the gradient.
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-1, "fp16": 4e-2}
 TF32_TOLERANCE = 1e-2
 
 
