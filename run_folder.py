@@ -69,8 +69,10 @@ class RunFolder:
             raise BadInput(f"--run-dir {run_dir}: {ancestor} is a file; give a folder")
         if not os.access(ancestor, os.W_OK):
             raise BadInput(f"--run-dir {run_dir}: may not be written; give another folder")
-        if path.is_dir() and {p.name for p in path.iterdir()} - {cls.LOCK_FILE}:
-            if not (path / cls.CONFIG).exists():
+        names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        # Files of ours beside a lock, and no config.json: a run was killed before it wrote that.
+        if names - (cls._own_names() if cls.LOCK_FILE in names else set()):
+            if cls.CONFIG not in names:
                 raise BadInput(
                     f"--run-dir {run_dir}: the folder holds no run, but other files; give another"
                 )
@@ -119,11 +121,17 @@ class RunFolder:
         finally:
             lock.release()
 
+    @classmethod
+    def _own_names(cls) -> set[str]:
+        """Of every file of a run but its config.json, also of those that a kill left unfinished."""
+        names = {value for key, value in vars(RunFolder).items() if key.isupper()}
+        return (names | {name + ".tmp" for name in names}) - {cls.CONFIG}
+
     def clear(self) -> None:
         """Of a run that was here before, no file of ours stays."""
-        for name in (value for key, value in vars(RunFolder).items() if key.isupper()):
-            if name != self.LOCK_FILE:
-                (self.path / name).unlink(missing_ok=True)
+        # config.json goes first: what a kill leaves without it is taken for no run.
+        for name in (self.CONFIG, *sorted(self._own_names() - {self.LOCK_FILE})):
+            (self.path / name).unlink(missing_ok=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """config.json, with checksums of itself and of the tokenizer, which is there already."""
