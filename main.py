@@ -252,6 +252,13 @@ def resolve(given: dict[str, Any]) -> SimpleNamespace:
     return options
 
 
+def spelled(name: str, value: Any) -> str:
+    """An option as the command line has it: --lr 0.1, --lowercase or --no-lowercase."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return f"{flag(name)} {value}"
+
+
 def part(config: type, options: SimpleNamespace) -> Any:
     """The settings object of one class, cut out of all options."""
     return config(**{f.name: getattr(options, f.name) for f in fields(config)})
@@ -411,13 +418,15 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
         command = f"{Path(sys.argv[0]).name} --resume --run-dir {shlex.quote(str(folder.path))}"
         try:
             trainer.train()
-            draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
+            with folder.picture(folder.CURVES) as out:
+                draw_curves(folder.read_metrics(), out, title)
             test(predictor, data, folder, step=trainer.state.step)
         except (Stopped, RunFailed) as error:
-            if trainer.saved_step is not None:
+            if trainer.saved_step is not None and (folder.path / folder.LAST).is_file():
                 error.add_note(f"update {trainer.saved_step} is kept; go on: python {command}")
-            with suppress(OSError, RunFailed):  # what is to be told is why the run ended
-                draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
+            # What is to be told is why the run ended.
+            with suppress(BadInput, RunFailed), folder.picture(folder.CURVES) as out:
+                draw_curves(folder.read_metrics(), out, title)
             raise
         print_epoch_seconds(folder)
     print(f"run folder: {folder.path}")
@@ -433,7 +442,7 @@ def resumed(
     given = {name: value for name, value in given.items() if name not in ("run_dir", "resume")}
     changed = {name: value for name, value in given.items() if value != saved[name]}
     problems = problems + [
-        f"{flag(name)} {value}: the run in {folder.path} has {saved[name]}, and with another it "
+        f"{spelled(name, value)}: the run in {folder.path} has {saved[name]}, and with another it "
         "would be another run; leave it out, or begin a new run"
         for name, value in changed.items()
         if name in SETTLED
@@ -442,7 +451,7 @@ def resumed(
         problems.append("--resume and --overwrite: give one of the two")
     if problems:
         raise BadInput(*problems)
-    changes = [f"{flag(name)} {value} (was {saved[name]})" for name, value in changed.items()]
+    changes = [f"{spelled(name, value)} (was {saved[name]})" for name, value in changed.items()]
     options = SimpleNamespace(**{**saved, **changed, "run_dir": str(folder.path)})
     return folder, config, options, changes
 
@@ -498,7 +507,8 @@ def test(predictor: Predictor, data: TextData, folder: RunFolder, **facts: Any) 
     scores = result.scores
     if data.classes:
         title = f"{name}, test split: accuracy {result.accuracy:.2%}"
-        draw_confusion(result.confusion, data.classes, folder.path / folder.CONFUSION, title)
+        with folder.picture(folder.CONFUSION) as out:
+            draw_confusion(result.confusion, data.classes, out, title)
     else:
         scores |= test_translations(predictor, data, folder)
     n = len(data.texts["test"])
@@ -517,7 +527,8 @@ def test_translations(predictor: Predictor, data: TextData, folder: RunFolder) -
     drawn = np.argsort(abs(lengths - 16), kind="stable")[:4].tolist()
     maps = [predictor.attention(rows["source"][i], hypotheses[i]) for i in drawn]
     title = f"{data.config.dataset}, test split, last decoder layer"
-    draw_attention(maps, folder.path / folder.ATTENTION, title)
+    with folder.picture(folder.ATTENTION) as out:
+        draw_attention(maps, out, title)
     scores = translation_scores(hypotheses, rows["target"])
     return {"beam_size": predictor.search.beam_size, **scores}
 
@@ -530,13 +541,15 @@ def use(given: dict[str, Any], problems: list[str]) -> None:
     testing = "test_only" in given
     if testing and "predict" in given:
         raise BadInput(f"--test-only and --predict {given['predict']}: give one of the two")
+    if "resume" in given:
+        raise BadInput("--resume: goes on with a training; leave out --test-only and --predict")
     folder = RunFolder.find(given.get("run_dir"), RunFolder.WEIGHTS)
     config = folder.read_config()
     budget = dict.fromkeys(BUDGETS) if BUDGETS & given.keys() else {}
     options = SimpleNamespace(**{**saved_options(folder, config), **budget, **given})
     free = FREE_IN_USE | (FREE_IN_TEST if testing else set())
     problems = problems + [
-        f"{flag(name)} {value}: is settled by the run in {folder.path}; leave it out"
+        f"{spelled(name, value)}: is settled by the run in {folder.path}; leave it out"
         for name, value in given.items()
         if name not in free
     ]
@@ -625,7 +638,9 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: out of memory ({error}); give a smaller --batch-size", file=sys.stderr)
+        print(
+            f"error: out of memory ({error}); give a smaller --batch-size or model", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt as error:
         error.args = ("stopped",)

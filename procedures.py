@@ -665,11 +665,13 @@ class Trainer:
             for f in fields(state):
                 if type(getattr(state, f.name)) is not type(f.default):
                     raise TypeError(f"{f.name} is {getattr(state, f.name)!r}")
+            if not all(isinstance(value, float) for value in state.best):
+                raise TypeError(f"best is {state.best!r}")
             if state.epoch < 1 or not 0 <= state.n_micro_batches <= self.n_plan or state.step < 0:
                 raise ValueError(f"no place in this run: {state}")
-            shapes = {name: p.shape for name, p in self.model.named_parameters()}
+            shapes = {name: (p.shape, p.dtype) for name, p in self.model.named_parameters()}
             for weights in checkpoint["last_epochs"]:
-                if {name: w.shape for name, w in weights.items()} != shapes:
+                if {name: (w.shape, w.dtype) for name, w in weights.items()} != shapes:
                     raise ValueError("last_epochs: other names or shapes than the model has")
             self.model.load_state_dict(checkpoint["model"])
             restore_optimizer(self.optimizer, checkpoint["optimizer"])

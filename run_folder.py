@@ -43,8 +43,7 @@ class RunFolder:
     table of its files.
 
     What is written is whole on the disk or as it was before, and has a checksum that is looked at
-    when it is read. Files of a folder may come from anybody: none is run, and no link is followed
-    out of the folder.
+    when it is read. Files of a folder may come from anybody: none is run, and no link is followed.
     """
 
     CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
@@ -55,6 +54,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.last_is_whole = True  # last.pt, if there is one; else it must not become previous.pt
 
     @classmethod
     def plan(cls, run_dir: str | None, dataset: str, overwrite: bool) -> "RunFolder":
@@ -102,9 +102,9 @@ class RunFolder:
 
         Makes the folder if need be. Raises BadInput.
         """
-        lock = FileLock(self.path / self.LOCK_FILE, blocking=False)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._own(self.LOCK_FILE), blocking=False)
             lock.acquire()
         except Timeout:
             remedy = "wait for it, stop it, or give another folder"
@@ -153,9 +153,10 @@ class RunFolder:
                 raise TypeError("classes: not a list of names")
             if config["checksum"] != self._config_checksum(config):
                 raise ValueError("changed since then: its checksum is wrong")
+            tokenizer_checksum = config["tokenizer_checksum"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{path}: not as rhea writes it ({error}); take another run") from None
-        if config["tokenizer_checksum"] != sha256(self._read(self.TOKENIZER)):
+        if tokenizer_checksum != sha256(self._read(self.TOKENIZER, 2**27)):
             raise BadInput(
                 f"{self.path / self.TOKENIZER}: not the one of this run (its checksum is wrong); "
                 "put it back, or take another run"
@@ -170,6 +171,14 @@ class RunFolder:
     def write_tokenizer(self, text: str) -> None:
         """tokenizer.json."""
         self._write(self.TOKENIZER, text.encode())
+
+    @contextmanager
+    def picture(self, name: str) -> Iterator[io.BytesIO]:
+        """What is drawn into the buffer becomes the file of that name. Raises RunFailed."""
+        buffer = io.BytesIO()
+        yield buffer
+        if buffer.tell():  # else there was nothing to draw
+            self._write(name, buffer.getbuffer())
 
     def write_lines(self, name: str, lines: list[str]) -> None:
         """A text file with a line each, for other programs to read."""
@@ -233,7 +242,9 @@ class RunFolder:
         path = self.path / self.METRICS
         if path.exists():  # on the disk before the checkpoint that counts its lines
             self._flush(path)
-        self._write(self.LAST, buffer.getbuffer(), keep_as=self.PREVIOUS)
+        keep_as = self.PREVIOUS if self.last_is_whole else None
+        self._write(self.LAST, buffer.getbuffer(), keep_as=keep_as)
+        self.last_is_whole = True
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """What the last whole checkpoint holds; None if the run ended before it wrote one.
@@ -250,6 +261,7 @@ class RunFolder:
                 continue
             for problem in problems:
                 print(f"warning: {problem}; {name} is taken instead", file=sys.stderr)
+            self.last_is_whole = name == self.LAST
             return checkpoint
         if any((self.path / name).exists() for name in (self.LAST, self.PREVIOUS, self.METRICS)):
             raise BadInput(*problems, f"{self.path}: cannot be resumed; train anew")
@@ -265,7 +277,7 @@ class RunFolder:
         try:
             checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             metrics = checkpoint["metrics"]
-            if not isinstance(metrics["n_bytes"], int):
+            if not isinstance(metrics["n_bytes"], int) or not isinstance(metrics["checksum"], str):
                 raise TypeError("metrics")
         except Exception as error:  # of many kinds: whoever can make a checksum can write anything
             reason = " ".join(str(error).split())[:200]
@@ -291,10 +303,13 @@ class RunFolder:
         return self.read_metrics()[len(head.splitlines()) :]
 
     def _own(self, name: str) -> Path:
-        """The path of one of the files. Raises BadInput if it is a link out of the folder."""
+        """The path of one of the files. Raises BadInput if it is a link, a pipe or a folder: what
+        is written to a link is written elsewhere, and who reads a pipe may wait for ever."""
         path = self.path / name
-        if path.is_symlink() and path.resolve().parent != self.path.resolve():
-            raise BadInput(f"{path}: a link out of the run folder; put the file itself there")
+        if path.is_symlink():
+            raise BadInput(f"{path}: a link; put the file itself there")
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path}: not a file; take it away, or take another run")
         return path
 
     def _read(self, name: str, most_bytes: int = 2**31) -> bytes:
