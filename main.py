@@ -415,7 +415,7 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
             words = f"; {', '.join(changes)}" if changes else ""
             print(f"goes on after update {state.step}, in epoch {state.epoch}{words}", flush=True)
         title = f"{options.dataset}, {facts['parameters'] / 1e6:.1f} M parameters"
-        command = f"{Path(sys.argv[0]).name} --resume --run-dir {shlex.quote(str(folder.path))}"
+        command = shlex.join(["python", sys.argv[0], "--resume", "--run-dir", str(folder.path)])
         try:
             trainer.train()
             with folder.picture(folder.CURVES) as out:
@@ -423,7 +423,7 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
             test(predictor, data, folder, step=trainer.state.step)
         except (Stopped, RunFailed) as error:
             if trainer.saved_step is not None and (folder.path / folder.LAST).is_file():
-                error.add_note(f"update {trainer.saved_step} is kept; go on: python {command}")
+                error.add_note(f"update {trainer.saved_step} is kept; go on: {command}")
             # What is to be told is why the run ended.
             with suppress(BadInput, RunFailed), folder.picture(folder.CURVES) as out:
                 draw_curves(folder.read_metrics(), out, title)
@@ -464,6 +464,8 @@ def take_up(trainer: Trainer, folder: RunFolder) -> bool:
     checkpoint = folder.load_checkpoint()
     if checkpoint:
         trainer.restore(checkpoint)
+        if trainer.state.best_epoch and trainer.config.average_checkpoints == 1:
+            folder.read_weights(trainer.model)  # or it would be found out after the last epoch
     tests = folder.rewind_metrics(checkpoint)
     return any(event.get("step") == trainer.state.step for event in tests)
 

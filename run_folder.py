@@ -209,9 +209,8 @@ class RunFolder:
         weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
         self._write(self.WEIGHTS, save(weights, {"checksum": weights_checksum(weights)}))
 
-    def load_weights(self, model: nn.Module) -> None:
-        """Fills a model from best.safetensors. Raises BadInput if the weights are another
-        model's."""
+    def read_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """What best.safetensors holds. Raises BadInput if it is not for this model."""
         path = self._own(self.WEIGHTS)
         try:
             with safe_open(path, "pt") as file:
@@ -225,7 +224,11 @@ class RunFolder:
             reason = " ".join(str(error).split())[:200]
             remedy = "take another run, or train anew"
             raise BadInput(f"{path}: not the weights of this run ({reason}); {remedy}") from None
-        model.load_state_dict(weights, strict=False)  # tied weights are there once
+        return weights
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Fills a model from best.safetensors. Raises BadInput."""
+        model.load_state_dict(self.read_weights(model), strict=False)  # tied weights are there once
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """last.pt; the one before becomes previous.pt. Raises RunFailed.
