@@ -34,6 +34,14 @@ class RunFailed(RuntimeError):
     is kept."""
 
 
+class Diverged(RunFailed):
+    """A loss that is not finite came of the weights after that update."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 # ------------------------------------------------------------------------------------------ options
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from comp_utils import (
     BadInput,
+    Diverged,
     Progress,
     RunFailed,
     Stopped,
@@ -360,9 +361,10 @@ class StepLog:
         for (step, lr, n_targets, n_tokens, _), (nll, n_correct) in zip(self.waiting, fetched):
             loss = nll / n_targets
             if not math.isfinite(loss):
-                raise RunFailed(
+                raise Diverged(
                     f"step {step}: the loss is {loss} at learning rate {lr:.3g}; give a smaller "
-                    "--lr or more --warmup-steps"
+                    "--lr or more --warmup-steps",
+                    step - 1,
                 )
             facts = {"step": step, "epoch": state.epoch, "loss": loss, "lr": lr}
             self.folder.log(event="step", **facts, tokens_per_second=speed)
@@ -476,7 +478,7 @@ class Trainer:
                 )
             self.rehearse()
         try:
-            if not self.is_over:
+            if not self.is_over and self.saved_step is None:
                 with self.signals.held():
                     self.save()
             while not self.is_over:
@@ -484,6 +486,10 @@ class Trainer:
                 self.validate()
         except Stopped:
             self.save()
+            raise
+        except Diverged as error:
+            if error.step == self.saved_step:  # finite or not, nothing can come of these weights
+                self.saved_step = self.folder.drop_last_checkpoint()
             raise
         self.finish()
 
@@ -591,8 +597,9 @@ class Trainer:
         state, config = self.state, self.config
         result = self.evaluate()
         if not math.isfinite(result.loss):
-            raise RunFailed(
-                f"step {state.step}: the validation loss is {result.loss}; give a smaller --lr"
+            raise Diverged(
+                f"step {state.step}: the validation loss is {result.loss}; give a smaller --lr",
+                state.step,
             )
         scores = {**result.scores, **self.inspect(state.epoch)}
         trained = {"loss": state.nll, "accuracy": state.n_correct}

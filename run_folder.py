@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -269,6 +269,19 @@ class RunFolder:
         if any((self.path / name).exists() for name in (self.LAST, self.PREVIOUS, self.METRICS)):
             raise BadInput(*problems, f"{self.path}: cannot be resumed; train anew")
         return None
+
+    def drop_last_checkpoint(self) -> int | None:
+        """Has previous.pt take the place of last.pt, if it is there and whole.
+
+        Returns the updates that the last checkpoint knows now. Raises BadInput and RunFailed.
+        """
+        with suppress(BadInput):
+            self._read_checkpoint(self._own(self.PREVIOUS))
+            try:
+                os.replace(self.path / self.PREVIOUS, self.path / self.LAST)
+            except OSError as error:
+                raise RunFailed(f"{self.path / self.LAST}: {error.strerror}") from None
+        return self._read_checkpoint(self._own(self.LAST))["state"]["step"]
 
     @staticmethod
     def _read_checkpoint(path: Path) -> dict[str, Any]:
