@@ -579,6 +579,7 @@ def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
             continue
         fits = isinstance(value, (int, float) if kind is float else kind)
         fits = fits and isinstance(value, bool) == (kind is bool)
+        fits = fits and not (isinstance(value, int) and abs(value) >= 2**63)
         if not fits or limit_problem(name, value, limits, str(value)):
             wrong.append(name)
     if wrong:
