@@ -346,17 +346,15 @@ def signal_in(module, name: str, patch, signum: int) -> None:
     "signum, status, module, name",
     [
         (signal.SIGINT, 130, procedures, "train_step"),
-        (signal.SIGTERM, 143, procedures, "add_gradients"),
         (signal.SIGTERM, 143, procedures, "evaluate"),  # the second epoch's validation
         (signal.SIGINT, 130, decoding, "greedy"),
-        (signal.SIGTERM, 143, procedures, "average"),
-        (signal.SIGINT, 130, main, "draw_attention"),
+        (signal.SIGTERM, 143, main, "draw_attention"),
     ],
 )
 def test_a_signal_ends_a_run_with_a_checkpoint_and_the_command_that_goes_on(
     signum, status, module, name, data, unbroken, patch, capsys
 ):
-    if name in ("average", "draw_attention"):  # which are called once
+    if name == "draw_attention":  # which is called once, in the test
         function = getattr(module, name)
         patch.setattr(module, name, lambda *args: (signal.raise_signal(signum), function(*args)))
     else:
@@ -631,6 +629,8 @@ def zip_of(name: str) -> bytes:
     return Path("made.zip").read_bytes()
 
 
+# torch warns of pickles of a newer kind than its own before it refuses them.
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_pickle_in_place_of_the_checkpoints_is_refused_and_not_run(make, stopped, capsys):
     content = make()
@@ -954,7 +954,9 @@ def test_what_is_written_goes_through_no_link(stopped, unbroken, data):
 
 
 def test_folders_with_spaces_and_letters_of_any_alphabet_work(data, unbroken, capsys):
-    folder = shutil.copytree(data / DATA["classification"], "Daten \u2013 \u6570\u636e/\u00fc b")
+    folder = shutil.copytree(
+        data / DATA["classification"], "\u0434\u0430\u043d\u043d\u044b\u0435 \u00fc b/c d"
+    )
     run = Path("runs of \u039a\u03b1\u03c4\u03b5\u03c1\u03af\u03bd\u03b1/it's 'mine'")
     argv = command("classification", data, run, *EPOCHS)
     argv[argv.index("--dataset") + 1] = str(folder)
@@ -980,8 +982,11 @@ FILES = (
 def damages(draw):
     """A function that cuts, flips or fills some bytes of a file."""
     kind = draw(strategies.sampled_from(["cut", "flip", "fill", "insert", "grow"]))
-    where, length = draw(strategies.floats(0, 1)), draw(strategies.integers(1, 64))
-    bits, byte = draw(strategies.integers(1, 255)), draw(strategies.binary(min_size=1, max_size=1))
+    where, length = draw(strategies.floats(0, 1)), draw(strategies.sampled_from([1, 1, 64]))
+    bits, byte = (
+        draw(strategies.sampled_from([1, 2, 255])),
+        draw(strategies.sampled_from([b"0", b"\0"])),
+    )
 
     def damage(content: bytes) -> bytes:
         begin = min(int(where * len(content)), max(0, len(content) - 1))
@@ -1000,7 +1005,7 @@ def damages(draw):
 
 
 few_examples = hypothesis.settings(
-    max_examples=60,
+    max_examples=10,  # of each file
     deadline=None,
     derandomize=True,  # the same ones each time, so that a failure comes again
     database=None,
@@ -1022,49 +1027,54 @@ def outcome(argv: list[str], capsys) -> tuple[int, str]:
     return status, out
 
 
-def test_damaged_bytes_never_change_an_answer(done, capsys):
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_bytes_never_change_an_answer(name, done, capsys):
     write_files({"in.txt": b"good film\nawful story of the house\nfine\n"})
     argv = ["--run-dir", "run", "--predict", "in.txt"]
-    whole = {name: (done / name).read_bytes() for name in FILES}
-    right = outcome(argv, capsys)
+    whole, right, seen = (done / name).read_bytes(), outcome(argv, capsys), set()
     assert right[0] == 0
-    seen = set()
 
     @few_examples
-    @hypothesis.given(name=strategies.sampled_from(FILES), damage=damages())
-    def check(name, damage):
-        (done / name).write_bytes(damage(whole[name]))
+    @hypothesis.given(damage=damages())
+    def check(damage):
+        damaged = damage(whole)
+        (done / name).write_bytes(damaged)
         status, out = outcome(argv, capsys)
-        (done / name).write_bytes(whole[name])
         assert status == 2 or (status, out) == right
-        assert status == 0 or name in ("config.json", "tokenizer.json", "best.safetensors")
-        seen.add((name, status))
+        seen.add((damaged != whole, status))
 
     check()
-    assert {("best.safetensors", 2), ("config.json", 2), ("last.pt", 0)} <= seen
+    is_read = name in ("config.json", "tokenizer.json", "best.safetensors")
+    assert (True, 2) in seen if is_read else {status for _, status in seen} == {0}
 
 
+@pytest.fixture(scope="module")
+def nearly_done(data, tmp_path_factory) -> Path:
+    """A run that was stopped right before its last update, so that little is left to do."""
+    run = tmp_path_factory.mktemp("nearly") / "run"
+    stop_after(N_UPDATES - 1, command("classification", data, run, *EPOCHS))
+    return run
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_damaged_bytes_never_change_what_a_resumed_run_comes_to(
-    data, unbroken, tmp_path_factory, capsys, without_pictures
+    name, nearly_done, unbroken, capsys, without_pictures
 ):
-    """Of a run that was stopped right before its end, so that little is left to do."""
-    base = tmp_path_factory.mktemp("fuzz") / "run"
-    stop_after(N_UPDATES - 1, command("classification", data, base, *EPOCHS))
-    (base / "curves.png").write_bytes((unbroken["classification"] / "curves.png").read_bytes())
-    whole = {name: (base / name).read_bytes() for name in FILES}
-    seen = set()
+    whole, seen = (nearly_done / name).read_bytes(), set()
 
     @few_examples
-    @hypothesis.given(name=strategies.sampled_from(FILES), damage=damages())
-    def check(name, damage):
-        run = Path(shutil.copytree(base, "run"))
-        (run / name).write_bytes(damage(whole[name]))
+    @hypothesis.given(damage=damages())
+    def check(damage):
+        run = Path(shutil.copytree(nearly_done, "run"))
+        damaged = damage(whole)
+        (run / name).write_bytes(damaged)
         status, _ = outcome(["--resume", "--run-dir", "run"], capsys)
         if status == 0:
-            # The tokenizer is looked at; a picture is not.
             assert differences(run, unbroken["classification"]) == []
         shutil.rmtree(run)
-        seen.add((name, status))
+        seen.add((damaged != whole, status))
 
     check()
-    assert {("last.pt", 0), ("metrics.jsonl", 2), ("config.json", 2), ("curves.png", 0)} <= seen
+    is_needed = name in ("config.json", "tokenizer.json", "metrics.jsonl")
+    # Bytes behind those that the checkpoint counts are what a kill leaves, and are cut off.
+    assert (True, 2) in seen if is_needed else {status for _, status in seen} == {0}
