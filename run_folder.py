@@ -38,6 +38,11 @@ def weights_checksum(weights: dict[str, Tensor]) -> str:
     return sha256(*parts)
 
 
+def not_written(path: Path, error: OSError) -> RunFailed:
+    """What to raise when the disk is full, read-only or gone."""
+    return RunFailed(f"{path}: cannot be written ({error.strerror}); mend that")
+
+
 class RunFolder:
     """The folder that alone is enough to test, predict, resume, or compare with: see the README's
     table of its files.
@@ -191,7 +196,7 @@ class RunFolder:
             with open(path, "a", encoding="utf-8") as out:
                 out.write(json.dumps(event) + "\n")
         except OSError as error:
-            raise RunFailed(f"{path}: {error.strerror}") from None
+            raise not_written(path, error) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl. Raises BadInput."""
@@ -280,7 +285,7 @@ class RunFolder:
             try:
                 os.replace(self.path / self.PREVIOUS, self.path / self.LAST)
             except OSError as error:
-                raise RunFailed(f"{self.path / self.LAST}: {error.strerror}") from None
+                raise not_written(self.path / self.LAST, error) from None
         return self._read_checkpoint(self._own(self.LAST))["state"]["step"]
 
     @staticmethod
@@ -354,7 +359,7 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
             self._flush(self.path)
         except OSError as error:
-            raise RunFailed(f"{path}: {error.strerror}") from None
+            raise not_written(path, error) from None
 
     @staticmethod
     def _flush(path: Path) -> None:
