@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -35,6 +35,14 @@ class BadInput(ValueError):
 class RunFailed(RuntimeError):
     """The run was right to start and cannot go on: loss not finite, disk full. One line says what
     is kept."""
+
+
+class Diverged(RunFailed):
+    """A loss that is not finite came of the weights after that update."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -333,7 +341,7 @@ class Progress:
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind, and by brightness in print
 
 
-def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+def draw_curves(metrics: list[dict[str, Any]], out: BinaryIO, title: str) -> None:
     """Loss and accuracy of training and validation by epoch, and BLEU where it was reckoned."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -358,10 +366,10 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    figure.savefig(out, dpi=150)
 
 
-def draw_confusion(counts: np.ndarray, names: list[str], path: Path, title: str) -> None:
+def draw_confusion(counts: np.ndarray, names: list[str], out: BinaryIO, title: str) -> None:
     """counts[true, predicted] as a picture; each row's colour is the share of its class."""
     from matplotlib.figure import Figure
 
@@ -383,11 +391,11 @@ def draw_confusion(counts: np.ndarray, names: list[str], path: Path, title: str)
                 j, i, text, ha="center", va="center", color=color, fontsize=10 if n <= 8 else 7
             )
     figure.colorbar(image, label="share of the true class", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(out, dpi=150)
 
 
 def draw_attention(
-    sentences: list[tuple[list[str], list[str], np.ndarray]], path: Path, title: str
+    sentences: list[tuple[list[str], list[str], np.ndarray]], out: BinaryIO, title: str
 ) -> None:
     """What each target token took of the source: (source, target, weights[target, source]) each."""
     from matplotlib.figure import Figure
@@ -407,4 +415,4 @@ def draw_attention(
         axes.remove()
     figure.colorbar(image, ax=figure.axes, label="attention, mean of the heads", shrink=0.6)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    figure.savefig(out, dpi=150)

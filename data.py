@@ -84,6 +84,9 @@ def read_lines(name: Path | str) -> Iterator[tuple[int, str]]:
             zipped = name != "-" and raw.peek(2)[:2] == b"\x1f\x8b"
             for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
                 text = line.decode()
+                if "\0" in text:  # a binary file, or UTF-16 of ASCII, which is UTF-8 as well
+                    place = f"{name}, line {number}"
+                    raise BadInput(f"{place}: has NUL bytes; save the file as UTF-8 text")
                 yield number, text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
         place = f"{name}, line {number}, byte {error.start + 1}"
@@ -510,6 +513,13 @@ class TokenizerConfig:
         return []
 
 
+MOST_TOKENIZER_BYTES = 100_000_000  # the largest in use have some 20 million
+
+# No sentence has so many; without a limit, a line of 10 MB takes the tokenizer seconds and 1 GB.
+MOST_CHARACTERS = 200_000
+# What a new tokenizer learns from a text: its time grows with the square of the longest word.
+MOST_CHARACTERS_TO_LEARN_FROM = 10_000
+
 # The four tokens that a model needs, and their spellings in other people's tokenizers.
 SPECIAL_TOKENS = {
     "<pad>": ("<pad>", "[PAD]", "<|pad|>"),
@@ -535,7 +545,8 @@ class TextCodec:
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without special tokens."""
+        """The ids of each text, without special tokens; of its first MOST_CHARACTERS alone."""
+        texts = [text[:MOST_CHARACTERS] for text in texts]
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
@@ -575,6 +586,8 @@ def read_tokenizer(name: str) -> TextCodec:
     """A tokenizer.json, or the one of an id on the Hub. Raises BadInput."""
     path = Path(name).expanduser()
     try:
+        if path.exists() and path.stat().st_size > MOST_TOKENIZER_BYTES:
+            raise ValueError(f"over {MOST_TOKENIZER_BYTES:,} bytes")
         if path.exists() or name.endswith(".json"):
             tokenizer = Tokenizer.from_file(str(path))
         else:
@@ -607,7 +620,7 @@ def get_tokenizer(
     """The tokenizer asked for; else that of an embedded data set; else one trained on columns."""
     if trains_tokenizer(config, dataset):
         texts = (text for rows in train.iter(1000) for name in columns for text in rows[name])
-        return train_tokenizer(texts, config)
+        return train_tokenizer((text[:MOST_CHARACTERS_TO_LEARN_FROM] for text in texts), config)
     return read_tokenizer(config.tokenizer or str(shipped_tokenizer(dataset)))
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -311,6 +310,13 @@ def resolve(given: dict[str, Any]) -> SimpleNamespace:
     return options
 
 
+def spelled(name: str, value: Any) -> str:
+    """An option as the command line has it: --lr 0.1, --lowercase or --no-lowercase."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return f"{flag(name)} {value}"
+
+
 def part(config: type, options: SimpleNamespace) -> Any:
     """The settings object of one class, cut out of all options."""
     return config(**{f.name: getattr(options, f.name) for f in fields(config)})
@@ -471,9 +477,9 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
             draw_run(folder, title)
             test(predictor, data, folder, step=trainer.state.step)
         except (Stopped, RunFailed) as error:
-            if trainer.saved_step is not None:
+            if trainer.saved_step is not None and (folder.path / folder.LAST).is_file():
                 error.add_note(f"update {trainer.saved_step} is kept; go on: {go_on(folder)}")
-            with suppress(OSError, RunFailed):  # what is to be told is why the run ended
+            with suppress(BadInput, RunFailed):  # what is to be told is why the run ended
                 draw_run(folder, title)
             raise
         if rank() == 0:
@@ -547,15 +553,15 @@ def check_same_data(
 
 def go_on(folder: RunFolder) -> str:
     """The command that goes on with a run."""
-    n = f" --world-size {world_size()}" if world_size() > 1 else ""
-    program = Path(sys.argv[0]).name
-    return f"python {program}{n} --resume --run-dir {shlex.quote(str(folder.path))}"
+    n = ["--world-size", str(world_size())] if world_size() > 1 else []
+    return shlex.join(["python", sys.argv[0], *n, "--resume", "--run-dir", str(folder.path)])
 
 
 def draw_run(folder: RunFolder, title: str) -> None:
     """The curves of a run."""
     if rank() == 0:
-        draw_curves(folder.read_metrics(), folder.path / folder.CURVES, title)
+        with folder.picture(folder.CURVES) as out:
+            draw_curves(folder.read_metrics(), out, title)
 
 
 def resumed(
@@ -568,7 +574,7 @@ def resumed(
     given = {name: value for name, value in given.items() if name not in ("run_dir", "resume")}
     changed = {name: value for name, value in given.items() if value != saved[name]}
     problems = problems + [
-        f"{flag(name)} {value}: the run in {folder.path} has {saved[name]}, and with another it "
+        f"{spelled(name, value)}: the run in {folder.path} has {saved[name]}, and with another it "
         "would be another run; leave it out, or begin a new run"
         for name, value in changed.items()
         if name in SETTLED
@@ -576,7 +582,7 @@ def resumed(
     if "overwrite" in given:
         problems.append("--resume and --overwrite: give one of the two")
     (_,) = agreed(lambda: check(SimpleNamespace(**saved), {}, problems, lambda: None))
-    changes = [f"{flag(name)} {value} (was {saved[name]})" for name, value in changed.items()]
+    changes = [f"{spelled(name, value)} (was {saved[name]})" for name, value in changed.items()]
     options = SimpleNamespace(**{**saved, **changed, "run_dir": str(folder.path)})
     return folder, config, options, changes
 
@@ -589,6 +595,9 @@ def take_up(trainer: Trainer, folder: RunFolder) -> bool:
     checkpoint = folder.load_checkpoint()
     if checkpoint:
         trainer.restore(checkpoint)
+        if trainer.state.best_epoch and trainer.config.average_checkpoints == 1:
+            # Or it would be found out after the last epoch.
+            agreed(lambda: folder.read_weights(trainer.model) if rank() == 0 else None)
     tests = folder.rewind_metrics(checkpoint)
     return any(event.get("step") == trainer.state.step for event in tests)
 
@@ -636,7 +645,8 @@ def test(predictor: Predictor, data: TextData, folder: RunFolder, **facts: Any) 
         scores |= test_translations(predictor, data, folder)
     elif rank() == 0:
         title = f"{name}, test split: accuracy {result.accuracy:.2%}"
-        draw_confusion(result.confusion, data.classes, folder.path / folder.CONFUSION, title)
+        with folder.picture(folder.CONFUSION) as out:
+            draw_confusion(result.confusion, data.classes, out, title)
     n = len(data.texts["test"])
     folder.log(event="test", dataset=name, sentences=n, **facts, **scores)
     print(f"test of {n:,} sentences: {in_words(scores)}")
@@ -655,7 +665,8 @@ def test_translations(predictor: Predictor, data: TextData, folder: RunFolder) -
     drawn = np.argsort(abs(lengths - 16), kind="stable")[:4].tolist()
     maps = [predictor.attention(rows["source"][i], hypotheses[i]) for i in drawn]
     title = f"{data.config.dataset}, test split, last decoder layer"
-    draw_attention(maps, folder.path / folder.ATTENTION, title)
+    with folder.picture(folder.ATTENTION) as out:
+        draw_attention(maps, out, title)
     scores = translation_scores(hypotheses, rows["target"])
     return {"beam_size": predictor.search.beam_size, **scores}
 
@@ -672,7 +683,7 @@ def use(given: dict[str, Any], problems: list[str]) -> None:
     options = SimpleNamespace(**{**saved_options(folder, config), **budget, **given})
     free = FREE_IN_USE | (FREE_IN_TEST if testing else set())
     problems = problems + [
-        f"{flag(name)} {value}: is settled by the run in {folder.path}; leave it out"
+        f"{spelled(name, value)}: is settled by the run in {folder.path}; leave it out"
         for name, value in given.items()
         if name not in free
     ]
@@ -709,6 +720,7 @@ def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
             continue
         fits = isinstance(value, (int, float) if kind is float else kind)
         fits = fits and isinstance(value, bool) == (kind is bool)
+        fits = fits and not (isinstance(value, int) and abs(value) >= 2**63)
         if not fits or limit_problem(name, value, limits, str(value)):
             wrong.append(name)
     if wrong:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from comp_utils import (
     BadInput,
+    Diverged,
     Progress,
     RunFailed,
     Stopped,
@@ -363,9 +364,10 @@ class StepLog:
         for (step, lr, n_targets, n_tokens, _), (nll, n_correct) in zip(self.waiting, fetched):
             loss = nll / n_targets
             if not math.isfinite(loss):
-                raise RunFailed(
+                raise Diverged(
                     f"step {step}: the loss is {loss} at learning rate {lr:.3g}; give a smaller "
-                    "--lr or more --warmup-steps"
+                    "--lr or more --warmup-steps",
+                    step - 1,
                 )
             facts = {"step": step, "epoch": state.epoch, "loss": loss, "lr": lr}
             self.folder.log(event="step", **facts, tokens_per_second=speed)
@@ -484,7 +486,7 @@ class Trainer:
                 )
             self.rehearse()
         try:
-            if not self.is_over:
+            if not self.is_over and self.saved_step is None:
                 with self.signals.held():
                     self.save()
             while not self.is_over:
@@ -492,6 +494,10 @@ class Trainer:
                 self.validate()
         except Stopped:
             self.save()
+            raise
+        except Diverged as error:
+            if error.step == self.saved_step:  # finite or not, nothing can come of these weights
+                self.saved_step = self.folder.drop_last_checkpoint()
             raise
         self.finish()
 
@@ -632,8 +638,9 @@ class Trainer:
         state, config = self.state, self.config
         result = self.evaluate()
         if not math.isfinite(result.loss):
-            raise RunFailed(
-                f"step {state.step}: the validation loss is {result.loss}; give a smaller --lr"
+            raise Diverged(
+                f"step {state.step}: the validation loss is {result.loss}; give a smaller --lr",
+                state.step,
             )
         scores = {**result.scores, **self.inspect(state.epoch)}
         trained = {"loss": state.nll, "accuracy": state.n_correct}
@@ -706,11 +713,13 @@ class Trainer:
             for f in fields(state):
                 if type(getattr(state, f.name)) is not type(f.default):
                     raise TypeError(f"{f.name} is {getattr(state, f.name)!r}")
+            if not all(isinstance(value, float) for value in state.best):
+                raise TypeError(f"best is {state.best!r}")
             if state.epoch < 1 or not 0 <= state.n_micro_batches <= self.n_plan or state.step < 0:
                 raise ValueError(f"no place in this run: {state}")
-            shapes = {name: p.shape for name, p in self.model.named_parameters()}
+            shapes = {name: (p.shape, p.dtype) for name, p in self.model.named_parameters()}
             for weights in checkpoint["last_epochs"]:
-                if {name: w.shape for name, w in weights.items()} != shapes:
+                if {name: (w.shape, w.dtype) for name, w in weights.items()} != shapes:
                     raise ValueError("last_epochs: other names or shapes than the model has")
             self.model.load_state_dict(checkpoint["model"])
             restore_optimizer(self.optimizer, checkpoint["optimizer"])

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,18 @@ def weights_checksum(weights: dict[str, Tensor]) -> str:
     return sha256(*parts)
 
 
+def not_written(path: Path, error: OSError) -> RunFailed:
+    """What to raise when the disk is full, read-only or gone."""
+    return RunFailed(f"{path}: cannot be written ({error.strerror}); mend that")
+
+
 class RunFolder:
     """The folder that alone is enough to test, predict, resume, or compare with: see the README's
     table of its files.
 
     What is written is whole on the disk or as it was before, and has a checksum that is looked at
-    when it is read. Files of a folder may come from anybody: none is run, and no link is followed
-    out of the folder. Of many processes rank 0 alone reads and writes it: the others are told.
+    when it is read. Files of a folder may come from anybody: none is run, and no link is followed.
+    Of many processes rank 0 alone reads and writes it: the others are told.
     """
 
     CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
@@ -56,6 +61,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.last_is_whole = True  # last.pt, if there is one; else it must not become previous.pt
 
     @classmethod
     def plan(cls, run_dir: str | None, dataset: str, overwrite: bool) -> "RunFolder":
@@ -70,8 +76,10 @@ class RunFolder:
             raise BadInput(f"--run-dir {run_dir}: {ancestor} is a file; give a folder")
         if not os.access(ancestor, os.W_OK):
             raise BadInput(f"--run-dir {run_dir}: may not be written; give another folder")
-        if path.is_dir() and {p.name for p in path.iterdir()} - {cls.LOCK_FILE}:
-            if not (path / cls.CONFIG).exists():
+        names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        # Files of ours beside a lock, and no config.json: a run was killed before it wrote that.
+        if names - (cls._own_names() if cls.LOCK_FILE in names else set()):
+            if cls.CONFIG not in names:
                 raise BadInput(
                     f"--run-dir {run_dir}: the folder holds no run, but other files; give another"
                 )
@@ -106,6 +114,7 @@ class RunFolder:
         def acquire() -> None:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                self._own(self.LOCK_FILE)
                 lock.acquire()
             except Timeout:
                 reason = "another process writes to it"
@@ -121,13 +130,19 @@ class RunFolder:
         finally:
             lock.release()  # does nothing where it was not acquired
 
+    @classmethod
+    def _own_names(cls) -> set[str]:
+        """Of every file of a run but its config.json, also of those that a kill left unfinished."""
+        names = {value for key, value in vars(RunFolder).items() if key.isupper()}
+        return (names | {name + ".tmp" for name in names}) - {cls.CONFIG}
+
     def clear(self) -> None:
         """Of a run that was here before, no file of ours stays."""
         if rank() > 0:
             return
-        for name in (value for key, value in vars(RunFolder).items() if key.isupper()):
-            if name != self.LOCK_FILE:
-                (self.path / name).unlink(missing_ok=True)
+        # config.json goes first: what a kill leaves without it is taken for no run.
+        for name in (self.CONFIG, *sorted(self._own_names() - {self.LOCK_FILE})):
+            (self.path / name).unlink(missing_ok=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """config.json, with checksums of itself and of the tokenizer, which is there already."""
@@ -154,9 +169,10 @@ class RunFolder:
                 raise TypeError("classes: not a list of names")
             if config["checksum"] != self._config_checksum(config):
                 raise ValueError("changed since then: its checksum is wrong")
+            tokenizer_checksum = config["tokenizer_checksum"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{path}: not as rhea writes it ({error}); take another run") from None
-        if config["tokenizer_checksum"] != sha256(self._read(self.TOKENIZER)):
+        if tokenizer_checksum != sha256(self._read(self.TOKENIZER, 2**27)):
             raise BadInput(
                 f"{self.path / self.TOKENIZER}: not the one of this run (its checksum is wrong); "
                 "put it back, or take another run"
@@ -176,6 +192,14 @@ class RunFolder:
         """benchmark.json."""
         self._write(self.BENCHMARK, (json.dumps(record, ensure_ascii=False) + "\n").encode())
 
+    @contextmanager
+    def picture(self, name: str) -> Iterator[io.BytesIO]:
+        """What is drawn into the buffer becomes the file of that name. Raises RunFailed."""
+        buffer = io.BytesIO()
+        yield buffer
+        if buffer.tell():  # else there was nothing to draw
+            self._write(name, buffer.getbuffer())
+
     def write_lines(self, name: str, lines: list[str]) -> None:
         """A text file with a line each, for other programs to read."""
         self._write(name, "".join(line + "\n" for line in lines).encode())
@@ -189,7 +213,7 @@ class RunFolder:
             with open(path, "a", encoding="utf-8") as out:
                 out.write(json.dumps(event) + "\n")
         except OSError as error:
-            raise RunFailed(f"{path}: {error.strerror}") from None
+            raise not_written(path, error) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl. Raises BadInput."""
@@ -209,13 +233,8 @@ class RunFolder:
         weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
         self._write(self.WEIGHTS, save(weights, {"checksum": weights_checksum(weights)}))
 
-    def load_weights(self, model: nn.Module) -> None:
-        """Fills a model from best.safetensors. Raises BadInput if the weights are another
-        model's."""
-        agreed(lambda: self._load_weights(model) if rank() == 0 else None)
-        broadcast_weights(model)
-
-    def _load_weights(self, model: nn.Module) -> None:
+    def read_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """What best.safetensors holds. Raises BadInput if it is not for this model."""
         path = self._own(self.WEIGHTS)
         try:
             with safe_open(path, "pt") as file:
@@ -229,7 +248,13 @@ class RunFolder:
             reason = " ".join(str(error).split())[:200]
             remedy = "take another run, or train anew"
             raise BadInput(f"{path}: not the weights of this run ({reason}); {remedy}") from None
+        return weights
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Fills a model, on every rank, from best.safetensors. Raises BadInput."""
+        weights = agreed(lambda: self.read_weights(model) if rank() == 0 else {})
         model.load_state_dict(weights, strict=False)  # tied weights are there once
+        broadcast_weights(model)
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """last.pt; the one before becomes previous.pt. Raises RunFailed.
@@ -248,7 +273,9 @@ class RunFolder:
         path = self.path / self.METRICS
         if path.exists():  # on the disk before the checkpoint that counts its lines
             self._flush(path)
-        self._write(self.LAST, buffer.getbuffer(), keep_as=self.PREVIOUS)
+        keep_as = self.PREVIOUS if self.last_is_whole else None
+        self._write(self.LAST, buffer.getbuffer(), keep_as=keep_as)
+        self.last_is_whole = True
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """What the last whole checkpoint holds; None if the run ended before it wrote one.
@@ -268,10 +295,24 @@ class RunFolder:
                 continue
             for problem in problems:
                 print(f"warning: {problem}; {name} is taken instead", file=sys.stderr)
+            self.last_is_whole = name == self.LAST
             return checkpoint
         if any((self.path / name).exists() for name in (self.LAST, self.PREVIOUS, self.METRICS)):
             raise BadInput(*problems, f"{self.path}: cannot be resumed; train anew")
         return None
+
+    def drop_last_checkpoint(self) -> int | None:
+        """Has previous.pt take the place of last.pt, if it is there and whole.
+
+        Returns the updates that the last checkpoint knows now. Raises BadInput and RunFailed.
+        """
+        with suppress(BadInput):
+            self._read_checkpoint(self._own(self.PREVIOUS))
+            try:
+                os.replace(self.path / self.PREVIOUS, self.path / self.LAST)
+            except OSError as error:
+                raise not_written(self.path / self.LAST, error) from None
+        return self._read_checkpoint(self._own(self.LAST))["state"]["step"]
 
     @staticmethod
     def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -283,7 +324,7 @@ class RunFolder:
         try:
             checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             metrics = checkpoint["metrics"]
-            if not isinstance(metrics["n_bytes"], int):
+            if not isinstance(metrics["n_bytes"], int) or not isinstance(metrics["checksum"], str):
                 raise TypeError("metrics")
         except Exception as error:  # of many kinds: whoever can make a checksum can write anything
             reason = " ".join(str(error).split())[:200]
@@ -312,10 +353,13 @@ class RunFolder:
         return self.read_metrics()[len(head.splitlines()) :]
 
     def _own(self, name: str) -> Path:
-        """The path of one of the files. Raises BadInput if it is a link out of the folder."""
+        """The path of one of the files. Raises BadInput if it is a link, a pipe or a folder: what
+        is written to a link is written elsewhere, and who reads a pipe may wait for ever."""
         path = self.path / name
-        if path.is_symlink() and path.resolve().parent != self.path.resolve():
-            raise BadInput(f"{path}: a link out of the run folder; put the file itself there")
+        if path.is_symlink():
+            raise BadInput(f"{path}: a link; put the file itself there")
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path}: not a file; take it away, or take another run")
         return path
 
     def _read(self, name: str, most_bytes: int = 2**31) -> bytes:
@@ -346,7 +390,7 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
             self._flush(self.path)
         except OSError as error:
-            raise RunFailed(f"{path}: {error.strerror}") from None
+            raise not_written(path, error) from None
 
     @staticmethod
     def _flush(path: Path) -> None:

@@ -993,7 +993,7 @@ def test_ctrl_c_in_training_ends_with_one_line(slice_of_reviews):
     assert process.returncode == 130
     (line,) = err.strip().splitlines()
     assert line.startswith("stopped; update ")
-    assert line.endswith("is kept; go on: python main.py --resume --run-dir r")
+    assert line.endswith(f"is kept; go on: python {PROJECT / 'main.py'} --resume --run-dir r")
     assert {path.name for path in Path("r").iterdir()} >= RUN_FILES - {"confusion.png"}
     run_quietly("--run-dir", "r", "--test-only")
 
