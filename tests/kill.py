@@ -19,7 +19,7 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--device cpu --model tiny --n-layers 1 --d-model 16 --d-ff 16 --n-heads 2 --vocab-size 300 "
-    "--lr 3e-3 --warmup-steps 5 --schedule linear --dropout 0.3 --average-checkpoints 2"
+    "--lr 3e-3 --warmup-steps 5 --schedule linear --dropout 0.3 --average-checkpoints 3"
 )
 # By task; each updates more than once between two validations, and not a whole number of times
 # between two checkpoints.

@@ -151,7 +151,7 @@ def test_the_runs_that_are_killed_use_all_that_must_go_on_as_it_was(unbroken):
         options[task] = json.loads((run / "config.json").read_text())["options"]
     assert options["classification"]["accumulate"] == 2
     assert options["translation"]["precision"] == "bf16"
-    assert all(o["dropout"] > 0 and o["average_checkpoints"] == 2 for o in options.values())
+    assert all(o["dropout"] > 0 and o["average_checkpoints"] == 3 for o in options.values())
 
 
 # ------------------------------------------------------------------------------ what resuming means
@@ -1053,6 +1053,8 @@ def test_damaged_bytes_never_change_an_answer(name, done, capsys):
         (done / name).write_bytes(damaged)
         status, out = outcome(argv, capsys)
         assert status == 2 or (status, out) == right
+        # Perhaps no answer here hangs on what was damaged: it must be seen all the same.
+        assert status == 2 or damaged == whole or name not in ("best.safetensors", "tokenizer.json")
         seen.add((damaged != whole, status))
 
     check()
