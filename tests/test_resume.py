@@ -209,7 +209,7 @@ def test_a_run_that_was_stopped_before_its_test_is_tested_alone(data, unbroken, 
     patch.setattr(main, "test", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     assert main.main(command("classification", data, "run", *EPOCHS)) == 130
     patch.undo()
-    patch.setattr(procedures.Trainer, "update", None)  # not one more
+    patch.setattr(procedures.Trainer, "step", None)  # not one more
     resume("run")
     assert differences(Path("run"), unbroken["classification"]) == []
 
