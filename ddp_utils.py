@@ -179,9 +179,9 @@ def agreed(function: Callable[[], Any]) -> Any:
         if world_size() == 1:
             raise
         problem = error.lines
-    problems = [lines for lines in gather(problem) if lines]
-    if problems:
-        raise SharedError(*problems[0])
+    for number, lines in enumerate(gather(problem)):
+        if lines:
+            raise SharedError(*(f"rank {number}: {line}" if number else line for line in lines))
     return value
 
 
