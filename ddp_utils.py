@@ -129,6 +129,9 @@ def process_group(device: str) -> Iterator[None]:
     STORE.append(store)
     try:
         yield
+    except Exception as error:
+        error.add_note(f"in rank {number} of {n}")
+        raise
     finally:
         STORE.clear()
         dist.destroy_process_group()
