@@ -21,7 +21,7 @@ DDP_GROUPS: Groups = {**GROUPS, "processes": (LaunchConfig,)}
 def start(argv: list[str]) -> None:
     """Starts the processes, each of which comes to `join`."""
     given, problems = parse_args(argv, DDP_GROUPS)
-    if "world_size" not in given:
+    if not any(word.startswith("--world-size") for word in argv):
         problems.append("--world-size: say how many processes, or start with torchrun")
     if problems:
         raise BadInput(*problems)

@@ -105,12 +105,13 @@ def process_group(device: str) -> Iterator[None]:
     """The group that a launcher's environment describes; it is left whatever happens.
 
     device: its kind, or "auto". NCCL joins CUDA devices, one to each process, and gloo processors.
-    Each process gets its share of the cores, for torchrun sets OMP_NUM_THREADS to 1 without a word;
-    any other number is somebody's wish.
+    Each process gets its share of the cores, for torchrun sets OMP_NUM_THREADS to 1 without a word
+    where it starts several; any other number is somebody's wish.
     """
     n_local, uses_cuda = int(os.environ["LOCAL_WORLD_SIZE"]), device in ("auto", "cuda")
     uses_cuda = uses_cuda and n_local <= torch.cuda.device_count()  # else it is refused later
-    if os.environ.get("OMP_NUM_THREADS") == "1" and THREADS_SET not in os.environ:
+    is_torchruns = n_local > 1 and THREADS_SET not in os.environ
+    if is_torchruns and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(threads_of_one(n_local))
     store, number, n = next(dist.rendezvous("env://", timeout=SILENCE))
     own = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if uses_cuda else None
@@ -129,6 +130,9 @@ def process_group(device: str) -> Iterator[None]:
     STORE.append(store)
     try:
         yield
+    except Exception as error:
+        error.add_note(f"in rank {number} of {n}")
+        raise
     finally:
         STORE.clear()
         dist.destroy_process_group()
@@ -179,9 +183,9 @@ def agreed(function: Callable[[], Any]) -> Any:
         if world_size() == 1:
             raise
         problem = error.lines
-    problems = [lines for lines in gather(problem) if lines]
-    if problems:
-        raise SharedError(*problems[0])
+    for number, lines in enumerate(gather(problem)):
+        if lines:
+            raise SharedError(*(f"rank {number}: {line}" if number else line for line in lines))
     return value
 
 

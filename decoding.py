@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from comp_utils import autocast, option
 from data import TextCodec, pad
-from ddp_utils import gather, rank, world_size
+from ddp_utils import by_rank_0, gather, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,11 @@ class Predictor:
         """(answer, tokens of the text before any cut) to each text in order; None to a blank one.
 
         Memory does not grow with the texts: at_once of them are sorted by length and answered, the
-        batches dealt out to the ranks.
+        batches dealt out to the ranks. The texts are those of rank 0, which alone reads a file.
         """
         self.model.eval()
         texts = iter(texts)
-        while window := list(islice(texts, at_once)):
+        while window := by_rank_0(lambda: list(islice(texts, at_once))):
             ids = self.codec.encode(window)
             rows = sorted((i for i, x in enumerate(window) if x.strip()), key=lambda i: len(ids[i]))
             answers: list[tuple[str, int] | None] = [None] * len(ids)

@@ -5,7 +5,6 @@ Source of the training rules: *Attention Is All You Need* (AIAYN, arXiv 1706.037
 
 import hashlib
 import math
-import signal
 import sys
 import time
 from collections import deque
@@ -33,7 +32,7 @@ from comp_utils import (
     synchronize,
 )
 from data import NO_TARGET, Batch, TextData
-from ddp_utils import agree_to_stop, defer_sync, rank, sum_across_ranks, world_size, wrap
+from ddp_utils import agree_to_stop, defer_sync, gather, rank, sum_across_ranks, world_size, wrap
 from run_folder import RunFolder
 
 
@@ -579,8 +578,10 @@ class Trainer:
                         self.start_clock()
                     if agree_to_stop(bool(self.signals.received), state.step):
                         break
-            if agree_to_stop(False, state.step):  # another rank was asked to
-                raise Stopped(signal.SIGTERM)
+                # None goes on to the validation without the others.
+                received = max(gather(self.signals.received))
+            if received:
+                raise Stopped(received)
             self.stop_clock()
         finally:
             progress.close()
