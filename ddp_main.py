@@ -12,8 +12,9 @@ from typing import Any
 
 from comp_utils import BadInput
 from ddp_utils import LaunchConfig, by_rank_0, launch, launched, process_group, rank, restarts
-from main import GROUPS, Groups, exit_status, parse_args, run
+from main import exit_status, run
 from run_folder import RunFolder
+from settings import GROUPS, Groups, parse_args
 
 DDP_GROUPS: Groups = {**GROUPS, "processes": (LaunchConfig,)}
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import main
+import settings
 from comp_utils import RunFolder, autocast, grad_scaler, set_seed
 from components import sinusoids
 from data import DataConfig, TextData, TokenizerConfig, get_tokenizer, load_splits, read_tokenizer
@@ -84,13 +85,13 @@ def in_turn(works: dict[str, Callable[[], float]], unit: str) -> None:
 
 def train(argv: list[str]) -> None:
     """Tokens of source and target in a second of training, ours and torch.nn's."""
-    given, problems = main.parse_args(argv)
-    options = main.resolve(given)
-    main.check(options, given, problems)
+    given, problems = settings.parse_args(argv)
+    options = settings.resolve(given)
+    settings.check(options, given, problems)
     set_seed(options.seed)
-    config = main.part(DataConfig, options)
+    config = settings.part(DataConfig, options)
     splits = load_splits(config)
-    tokenizer, sides = main.part(TokenizerConfig, options), ["source", "target"]
+    tokenizer, sides = settings.part(TokenizerConfig, options), ["source", "target"]
     codec = get_tokenizer(tokenizer, options.dataset, splits["train"], sides)
     data = TextData(config, splits, codec, None)
     plan = data.plan("train", seed=options.seed, epoch=1)[:BATCHES]
@@ -115,7 +116,7 @@ def train(argv: list[str]) -> None:
     ours = main.build_model(options, codec, None)
     length = options.max_length + EXTRA_LENGTH
     sizes = {"n_vocab": codec.n_vocab, "max_len": length, "pad_id": codec.pad_id}
-    theirs = TorchTransformer(main.part(main.ModelConfig, options), **sizes)
+    theirs = TorchTransformer(settings.part(main.ModelConfig, options), **sizes)
     print(f"{torch.get_num_threads()} threads, {BATCHES} batches, {n_tokens:,} tokens")
     in_turn({"rhea": work(ours), "torch.nn.Transformer": work(theirs)}, "tokens/s")
 
@@ -151,12 +152,12 @@ def greedy_without_cache(
 def decode(run_dir: str) -> None:
     """Sentences in a second of greedy search, with cached keys and values and without."""
     folder = RunFolder.find(run_dir)
-    options = main.SimpleNamespace(**main.saved_options(folder, folder.read_config()))
+    options = main.SimpleNamespace(**settings.saved_options(folder, folder.read_config()))
     codec = read_tokenizer(str(folder.path / folder.TOKENIZER))
     model = main.build_model(options, codec, None).eval()
     folder.load_weights(model, CPU)
     options.batch_size, options.batch_tokens = 64, None
-    config = main.part(DataConfig, options)
+    config = settings.part(DataConfig, options)
     data = TextData(config, load_splits(config, ["test"]), codec, None)
     batches = [batch.src for batch in data.batches("test", data.plan("test"), CPU)]
     batches = batches[: SENTENCES // 64 + 1]

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import main
+import settings
 from comp_utils import BadInput
 from data import (
     ASSETS,
@@ -697,10 +698,10 @@ def test_embedded_reviews_have_licence_and_notice_beside_them(name, words):
 
 
 def test_padding_of_the_embedded_reviews_is_small_at_the_default_batch_size(reviews):
-    options = main.resolve({})
-    config = main.part(DataConfig, options)
+    options = settings.resolve({})
+    config = settings.part(DataConfig, options)
     codec = get_tokenizer(
-        main.part(TokenizerConfig, options), config.dataset, reviews["train"], ["source"]
+        settings.part(TokenizerConfig, options), config.dataset, reviews["train"], ["source"]
     )
     data = TextData(config, {"train": reviews["train"]}, codec, ["negative", "positive"])
     for epoch in (1, 2):
@@ -824,6 +825,6 @@ def test_an_embedded_tokenizer_is_the_one_its_training_split_gives(reviews):
     path = shipped_tokenizer("rotten_tomatoes")
     if not path.is_file():
         pytest.skip("the embedded reviews have no tokenizer beside them")
-    config = replace(main.part(TokenizerConfig, main.resolve({})), train_tokenizer=True)
+    config = replace(settings.part(TokenizerConfig, settings.resolve({})), train_tokenizer=True)
     fresh = get_tokenizer(config, "rotten_tomatoes", reviews["train"], ["source"])
     assert fresh.tokenizer.to_str() == read_tokenizer(str(path)).tokenizer.to_str()

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import main
 import procedures
+import settings
 from comp_utils import RunFailed
 from data import ASSETS
 from models import SIZES, ModelConfig
@@ -146,8 +147,8 @@ def test_without_run_dir_the_folder_is_under_runs(slice_of_reviews):
 def test_config_json_holds_every_option_as_resolved(finished):
     run, argv, _ = finished
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    assert config["options"] == vars(main.resolve(main.parse_args(argv)[0]))
-    assert config["options"].keys() == main.option_fields().keys()
+    assert config["options"] == vars(settings.resolve(settings.parse_args(argv)[0]))
+    assert config["options"].keys() == settings.option_fields().keys()
     assert config["classes"] == ["negative", "positive"]
     facts = {"torch", "python", "device_name", "processes", "threads"}
     assert (facts | {"plan_fingerprint", "data_fingerprint"}) <= config.keys()
@@ -439,7 +440,7 @@ def test_a_given_tokenizer_is_the_one_of_the_run(slice_of_reviews):
 
 # --------------------------------------------------------------------------------- the command line
 
-CONFIGS = [config for group in main.GROUPS.values() for config in group]
+CONFIGS = [config for group in settings.GROUPS.values() for config in group]
 FLAGS = ["--" + f.name.replace("_", "-") for config in CONFIGS for f in fields(config)]
 
 
@@ -455,19 +456,19 @@ def test_help_mentions_every_option(capsys):
 @pytest.mark.parametrize("flag", FLAGS)
 def test_every_field_of_the_settings_is_a_flag(flag):
     name = flag[2:].replace("-", "_")
-    field = main.option_fields()[name]
-    kind, limits = main.kind_of(field), field.metadata
+    field = settings.option_fields()[name]
+    kind, limits = settings.kind_of(field), field.metadata
     fits = {bool: True, int: limits.get("low"), float: 0.5, str: limits.get("choices", ["a"])[-1]}
     fits[tuple] = ("a", "b")
     values = [] if kind is bool else fits[tuple] if kind is tuple else [str(fits[kind])]
     argv = [flag, *values]
-    assert main.parse_args(argv) == ({name: fits[kind]}, [])
+    assert settings.parse_args(argv) == ({name: fits[kind]}, [])
 
 
 def test_without_options_the_recipe_holds():
-    options = vars(main.resolve({}))
-    assert options.keys() == main.option_fields().keys()
-    recipe = main.RECIPES["rotten_tomatoes"]
+    options = vars(settings.resolve({}))
+    assert options.keys() == settings.option_fields().keys()
+    recipe = settings.RECIPES["rotten_tomatoes"]
     assert options.items() >= recipe.items()
     size = {k: v for k, v in asdict(SIZES[recipe["model"]]).items() if k not in recipe}
     assert options.items() >= size.items()
@@ -475,26 +476,28 @@ def test_without_options_the_recipe_holds():
 
 def test_an_option_given_wins_over_recipe_and_size():
     given = {"lr": 0.5, "dropout": 0.25, "n_heads": 2, "lowercase": False, "batch_tokens": 999}
-    options = vars(main.resolve(given))
+    options = vars(settings.resolve(given))
     assert options.items() >= given.items()
     assert options["batch_size"] is None
 
 
 def test_a_named_size_is_taken_whole():
-    options = main.resolve({"model": "base"})
-    assert main.part(ModelConfig, options) == ModelConfig() == SIZES["base"]
-    assert options.lr == main.RECIPES["rotten_tomatoes"]["lr"]
-    assert main.resolve({"model": "big", "d_ff": 7}).d_ff == 7
+    options = settings.resolve({"model": "base"})
+    assert settings.part(ModelConfig, options) == ModelConfig() == SIZES["base"]
+    assert options.lr == settings.RECIPES["rotten_tomatoes"]["lr"]
+    assert settings.resolve({"model": "big", "d_ff": 7}).d_ff == 7
 
 
 def test_other_data_start_from_the_recipe_of_their_task():
-    ours, own = vars(main.resolve({"dataset": "my.csv"})), vars(main.resolve({}))
+    ours, own = vars(settings.resolve({"dataset": "my.csv"})), vars(settings.resolve({}))
     assert {k for k in own if own[k] != ours[k]} == {"dataset"}
 
 
 def test_without_a_recipe_the_learning_rate_is_the_papers(monkeypatch):
-    monkeypatch.setitem(main.RECIPES, "rotten_tomatoes", {"warmup_steps": 4000, "model": "base"})
-    assert main.resolve({}).lr == pytest.approx(512**-0.5 * 4000**-0.5)
+    monkeypatch.setitem(
+        settings.RECIPES, "rotten_tomatoes", {"warmup_steps": 4000, "model": "base"}
+    )
+    assert settings.resolve({}).lr == pytest.approx(512**-0.5 * 4000**-0.5)
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -527,7 +530,7 @@ NUMBERS = [
     "--" + f.name.replace("_", "-")
     for config in CONFIGS
     for f in fields(config)
-    if main.kind_of(f) in (int, float)
+    if settings.kind_of(f) in (int, float)
 ]
 MAY_BE_ZERO = {
     "--seed",
@@ -551,8 +554,8 @@ def test_numbers_out_of_range_or_none_are_refused(flag, capsys):
 
 @pytest.mark.parametrize("flag", sorted(MAY_BE_ZERO))
 def test_zero_is_taken_where_it_means_something(flag):
-    given, problems = main.parse_args([flag, "0"])
-    assert main.check(main.resolve(given), {}, problems) == []
+    given, problems = settings.parse_args([flag, "0"])
+    assert settings.check(settings.resolve(given), {}, problems) == []
 
 
 CHOICES = [

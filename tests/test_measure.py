@@ -16,6 +16,7 @@ import comp_utils
 import main
 import measure
 import models
+import settings
 from comp_utils import BadInput
 from data import ASSETS, Batch
 from models import ModelConfig, Transformer, TransformerClassifier
@@ -197,7 +198,7 @@ def test_the_same_work_has_one_fingerprint_and_other_work_another(
 
 
 def test_the_original_workload_is_what_was_published():
-    options = main.resolve({"workload": "original"})
+    options = settings.resolve({"workload": "original"})
     assert (options.dataset, options.pad_to, options.max_length) == ("rotten_tomatoes", 512, 512)
     assert (options.batch_size, options.batch_tokens, options.dropout) == (16, None, 0.1)
     assert (options.n_layers, options.d_model, options.d_ff, options.n_heads) == (6, 16, 64, 8)
@@ -210,9 +211,9 @@ def test_the_original_workload_is_what_was_published():
 
 @pytest.mark.parametrize("name", ["reviews", "translation"])
 def test_other_workloads_are_the_recipes(name):
-    options = vars(main.resolve({"workload": name}))
+    options = vars(settings.resolve({"workload": name}))
     dataset = {"reviews": "rotten_tomatoes", "translation": "libreoffice_help"}[name]
-    assert options == vars(main.resolve({"dataset": dataset})) | {"workload": name}
+    assert options == vars(settings.resolve({"dataset": dataset})) | {"workload": name}
 
 
 # ------------------------------------------------------------------------------------------ records

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import ddp_main
-import main
+import settings
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +19,7 @@ def commands():
 def test_every_option_in_the_readme_is_one_and_every_option_is_in_the_readme():
     said = set(re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", re.sub(r"`hf [^`]*`", "", README)))
     said -= {"--nproc-per-node", "--max-restarts", "--nnodes", "--node-rank", "--master-addr"}
-    options = {main.flag(name) for name in main.option_fields(ddp_main.DDP_GROUPS)}
+    options = {settings.flag(name) for name in settings.option_fields(ddp_main.DDP_GROUPS)}
     assert said == options | {"--help"}
 
 
@@ -27,7 +27,7 @@ def test_every_command_in_the_readme_has_options_that_can_be():
     lines = [line.split("main.py", 1)[1].split() for line in commands() if "main.py" in line]
     assert len(lines) >= 4
     for argv in lines:
-        assert main.parse_args(argv, ddp_main.DDP_GROUPS)[1] == []
+        assert settings.parse_args(argv, ddp_main.DDP_GROUPS)[1] == []
 
 
 def test_ci_runs_the_one_test_command_of_the_readme():
