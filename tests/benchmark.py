@@ -2,6 +2,7 @@
 
 python tests/benchmark.py train [options of main.py]   one update, against torch.nn.Transformer
 python tests/benchmark.py decode RUN_DIR               greedy search, against no cache
+python tests/benchmark.py generate RUN_DIR             greedy and beam search, against transformers
 Each figure is the median of all rounds, with the least and the greatest.
 """
 
@@ -20,11 +21,21 @@ from torch import Tensor, nn
 
 import main
 import settings
-from comp_utils import RunFolder, autocast, grad_scaler, set_seed
+from comp_utils import autocast, grad_scaler, set_seed
 from components import sinusoids
-from data import DataConfig, TextData, TokenizerConfig, get_tokenizer, load_splits, read_tokenizer
-from decoding import EXTRA_LENGTH, greedy
+from data import (
+    DataConfig,
+    TextCodec,
+    TextData,
+    TokenizerConfig,
+    get_tokenizer,
+    load_splits,
+    read_tokenizer,
+)
+from decoding import EXTRA_LENGTH, beam_search, greedy
+from models import ModelConfig
 from procedures import build_optimizer, train_step
+from run_folder import RunFolder
 
 CPU = torch.device("cpu")
 ROUNDS, BATCHES, SENTENCES = 5, 12, 1000
@@ -116,7 +127,7 @@ def train(argv: list[str]) -> None:
     ours = main.build_model(options, codec, None)
     length = options.max_length + EXTRA_LENGTH
     sizes = {"n_vocab": codec.n_vocab, "max_len": length, "pad_id": codec.pad_id}
-    theirs = TorchTransformer(settings.part(main.ModelConfig, options), **sizes)
+    theirs = TorchTransformer(settings.part(ModelConfig, options), **sizes)
     print(f"{torch.get_num_threads()} threads, {BATCHES} batches, {n_tokens:,} tokens")
     in_turn({"rhea": work(ours), "torch.nn.Transformer": work(theirs)}, "tokens/s")
 
@@ -149,18 +160,23 @@ def greedy_without_cache(
     return found
 
 
-def decode(run_dir: str) -> None:
-    """Sentences in a second of greedy search, with cached keys and values and without."""
+def load_run(run_dir: str, batch_size: int) -> tuple[nn.Module, TextCodec, list[Tensor]]:
+    """The translator of a run, its codec, and sentences of its test split in batches."""
     folder = RunFolder.find(run_dir)
     options = main.SimpleNamespace(**settings.saved_options(folder, folder.read_config()))
     codec = read_tokenizer(str(folder.path / folder.TOKENIZER))
     model = main.build_model(options, codec, None).eval()
-    folder.load_weights(model, CPU)
-    options.batch_size, options.batch_tokens = 64, None
+    folder.load_weights(model)
+    options.batch_size, options.batch_tokens = batch_size, None
     config = settings.part(DataConfig, options)
     data = TextData(config, load_splits(config, ["test"]), codec, None)
     batches = [batch.src for batch in data.batches("test", data.plan("test"), CPU)]
-    batches = batches[: SENTENCES // 64 + 1]
+    return model, codec, batches[: SENTENCES // batch_size + 1]
+
+
+def decode(run_dir: str) -> None:
+    """Sentences in a second of greedy search, with cached keys and values and without."""
+    model, codec, batches = load_run(run_dir, 64)
     ends = {"bos_id": codec.bos_id, "eos_id": codec.eos_id}
     found = {}
 
@@ -179,7 +195,103 @@ def decode(run_dir: str) -> None:
     print(f"the same tokens: {found[greedy] == found[no_cache] == found[memory]}")
 
 
+def as_marian(model: nn.Module, codec: TextCodec) -> nn.Module:
+    """The same weights in transformers' MarianMTModel, whose layers are the paper's too."""
+    from transformers import MarianConfig, MarianMTModel
+
+    layer = model.encoder[0]
+    n_vocab, d_model = model.embedding.W_e.shape
+    sizes = {"d_model": d_model}
+    for side in ("encoder", "decoder"):
+        sizes[f"{side}_layers"] = len(model.encoder)
+        sizes[f"{side}_ffn_dim"] = len(layer.feed_forward.W_1.weight)
+        sizes[f"{side}_attention_heads"] = layer.self_attention.n_heads
+    ends = {"pad_token_id": codec.pad_id, "eos_token_id": codec.eos_id}
+    theirs = MarianMTModel(
+        MarianConfig(
+            vocab_size=n_vocab,
+            max_position_embeddings=512,
+            activation_function="relu",
+            scale_embedding=True,
+            tie_word_embeddings=True,
+            decoder_start_token_id=codec.bos_id,
+            forced_eos_token_id=None,
+            bos_token_id=codec.bos_id,
+            **ends,
+            **sizes,
+        )
+    ).eval()
+    with torch.no_grad():
+        theirs.model.shared.weight.copy_(model.embedding.W_e)
+        for side in (theirs.model.encoder, theirs.model.decoder):
+            side.embed_positions.weight.copy_(sinusoids(512, d_model).float())
+        for ours, layer in zip(model.encoder, theirs.model.encoder.layers):
+            copy_attention(ours.self_attention, layer.self_attn)
+            copy_rest(ours, layer, [layer.self_attn_layer_norm, layer.final_layer_norm])
+        for ours, layer in zip(model.decoder, theirs.model.decoder.layers):
+            copy_attention(ours.self_attention, layer.self_attn)
+            copy_attention(ours.cross_attention, layer.encoder_attn)
+            norms = [layer.self_attn_layer_norm, layer.encoder_attn_layer_norm]
+            copy_rest(ours, layer, [*norms, layer.final_layer_norm])
+    return theirs
+
+
+def copy_attention(ours: nn.Module, theirs: nn.Module) -> None:
+    """One attention's weights."""
+    for name, layer in (("q", ours.W_q), ("k", ours.W_k), ("v", ours.W_v), ("out", ours.W_o)):
+        getattr(theirs, f"{name}_proj").load_state_dict(layer.state_dict())
+
+
+def copy_rest(ours: nn.Module, theirs: nn.Module, norms: list[nn.Module]) -> None:
+    """A layer's feed-forward and norms."""
+    theirs.fc1.load_state_dict(ours.feed_forward.W_1.state_dict())
+    theirs.fc2.load_state_dict(ours.feed_forward.W_2.state_dict())
+    for i, norm in enumerate(norms, 1):
+        for p, q in zip(norm.parameters(), getattr(ours, f"norm_{i}").parameters()):
+            p.copy_(q)
+
+
+def generate(run_dir: str) -> None:
+    """Sentences in a second of greedy and beam search, ours and transformers', same weights."""
+    for k in (1, 5):
+        model, codec, batches = load_run(run_dir, 64)
+        theirs = as_marian(model, codec)
+        ends = {"bos_id": codec.bos_id, "eos_id": codec.eos_id}
+        n, found = sum(map(len, batches)), {}
+
+        def our_search(src: Tensor, k=k, model=model, ends=ends) -> list[list[int]]:
+            if k == 1:
+                return greedy(model, src, **ends)
+            return beam_search(model, src, **ends, beam_size=k, alpha=0.6)
+
+        def their_search(src: Tensor, k=k, theirs=theirs, codec=codec) -> list[list[int]]:
+            ids = theirs.generate(
+                src,
+                attention_mask=(src != codec.pad_id).long(),
+                num_beams=k,
+                do_sample=False,
+                max_new_tokens=src.shape[1] + EXTRA_LENGTH,
+                length_penalty=0.6,
+            )
+            special = (codec.pad_id, codec.bos_id, codec.eos_id)
+            return [[i for i in row if i not in special] for row in ids.tolist()]
+
+        def work(search: Callable, batches=batches, found=found, n=n) -> Callable[[], float]:
+            def all_sentences() -> float:
+                began = time.perf_counter()
+                found[search] = [row for src in batches for row in search(src)]
+                return n / (time.perf_counter() - began)
+
+            return all_sentences
+
+        print(f"beam {k}, {n} sentences in batches of 64, {torch.get_num_threads()} threads")
+        in_turn({"rhea": work(our_search), "transformers": work(their_search)}, "sentences/s")
+        same = sum(a == b for a, b in zip(found[our_search], found[their_search]))
+        print(f"the same tokens: {same} of {n}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("train", "decode"):
+    modes = {"train": train, "decode": decode, "generate": generate}
+    if len(sys.argv) < 3 or sys.argv[1] not in modes:
         sys.exit(__doc__)
-    decode(sys.argv[2]) if sys.argv[1] == "decode" else train(sys.argv[2:])
+    modes[sys.argv[1]](sys.argv[2:] if sys.argv[1] == "train" else sys.argv[2])

@@ -17,7 +17,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -726,7 +727,7 @@ def test_special_tokens_of_a_new_tokenizer_are_0_to_3(codec):
 
 
 @given(text=st.text())
-@settings(max_examples=200)
+@hypothesis_settings(max_examples=200)
 def test_any_text_comes_back_from_its_ids(codec, text):
     (ids,) = codec.encode([text])
     expected = unicodedata.normalize("NFC", text)
