@@ -271,7 +271,7 @@ def generate(run_dir: str) -> None:
                 num_beams=k,
                 do_sample=False,
                 max_new_tokens=src.shape[1] + EXTRA_LENGTH,
-                length_penalty=0.6,
+                **({"length_penalty": 0.6} if k > 1 else {}),
             )
             special = (codec.pad_id, codec.bos_id, codec.eos_id)
             return [[i for i in row if i not in special] for row in ids.tolist()]
