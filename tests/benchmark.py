@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import main
-from comp_utils import RunFolder, autocast, grad_scaler, set_seed
+from comp_utils import autocast, grad_scaler, set_seed
 from components import sinusoids
 from data import DataConfig, TextData, TokenizerConfig, get_tokenizer, load_splits, read_tokenizer
 from decoding import EXTRA_LENGTH, greedy
 from procedures import build_optimizer, train_step
+from run_folder import RunFolder
 
 CPU = torch.device("cpu")
 ROUNDS, BATCHES, SENTENCES = 5, 12, 1000
@@ -154,7 +155,7 @@ def decode(run_dir: str) -> None:
     options = main.SimpleNamespace(**main.saved_options(folder, folder.read_config()))
     codec = read_tokenizer(str(folder.path / folder.TOKENIZER))
     model = main.build_model(options, codec, None).eval()
-    folder.load_weights(model, CPU)
+    folder.load_weights(model)
     options.batch_size, options.batch_tokens = 64, None
     config = main.part(DataConfig, options)
     data = TextData(config, load_splits(config, ["test"]), codec, None)
