@@ -32,7 +32,16 @@ from comp_utils import (
     synchronize,
 )
 from data import NO_TARGET, Batch, TextData
-from ddp_utils import agree_to_stop, defer_sync, gather, rank, sum_across_ranks, world_size, wrap
+from ddp_utils import (
+    agree_to_stop,
+    defer_sync,
+    gather,
+    is_lost_peer,
+    rank,
+    sum_across_ranks,
+    world_size,
+    wrap,
+)
 from run_folder import RunFolder
 
 
@@ -497,6 +506,10 @@ class Trainer:
         except Diverged as error:
             if error.step == self.saved_step:  # finite or not, nothing can come of these weights
                 self.saved_step = self.folder.drop_last_checkpoint()
+            raise
+        except RuntimeError as error:
+            if self.signals.received and is_lost_peer(error):  # it was asked to stop, too
+                raise Stopped(self.signals.received) from None
             raise
         self.finish()
 

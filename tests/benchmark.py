@@ -3,20 +3,27 @@
 python tests/benchmark.py train [options of main.py]   one update, against torch.nn.Transformer
 python tests/benchmark.py decode RUN_DIR               greedy search, against no cache
 python tests/benchmark.py generate RUN_DIR             greedy and beam search, against transformers
+python tests/benchmark.py processes [options of main.py]   two processes, against one (on Linux)
 Each figure is the median of all rounds, with the least and the greatest.
 """
 
+import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from kill_ranks import PROJECT, Launched, launched
 from torch import Tensor, nn
 
 import main
@@ -77,9 +84,11 @@ class TorchTransformer(nn.Module):
         return X @ self.embedding.weight.T
 
 
-def in_turn(works: dict[str, Callable[[], float]], unit: str) -> None:
-    """Runs each work once to warm up, then all of them ROUNDS times in turn."""
-    for work in works.values():
+def in_turn(
+    works: dict[str, Callable[[], float]], unit: str, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Runs each work once to warm up, then all of them ROUNDS times in turn. Returns all speeds."""
+    for work in works.values() if warm_up else ():
         work()
     speeds = {name: [] for name in works}
     for _ in range(ROUNDS):
@@ -92,6 +101,7 @@ def in_turn(works: dict[str, Callable[[], float]], unit: str) -> None:
     for name, all_of in others:
         ratio = statistics.median(a / b for a, b in zip(first[1], all_of))
         print(f"{first[0]} / {name}: {ratio:.2f} (median of the ratios, round by round)")
+    return speeds
 
 
 def train(argv: list[str]) -> None:
@@ -290,8 +300,87 @@ def generate(run_dir: str) -> None:
         print(f"the same tokens: {same} of {n}")
 
 
+def run_speed(events: list[dict], n_tokens: list[int]) -> float:
+    """Tokens in a second of a run's updates, without what was measured along with the first.
+
+    events: of the updates, which share a speed where they were measured together.
+    n_tokens: of each update.
+    """
+    groups = [[*group] for _, group in groupby(events, key=itemgetter("tokens_per_second"))]
+    done = seconds = 0.0
+    for group in groups[1:] or groups:
+        n = sum(n_tokens[event["step"] - 1] for event in group)
+        done, seconds = done + n, seconds + n / group[0]["tokens_per_second"]
+    return done / seconds
+
+
+def processes(argv: list[str]) -> None:
+    """Tokens in a second of two processes, each of whose updates is two micro-batches, and of one
+    that makes twice as many updates of one: the same micro-batches.
+
+    --max-steps: updates of the two. Two runs at once that know nothing of each other show what is
+    left when none waits for the other: the same processors, memory and caches are shared.
+    """
+    options = settings.resolve(settings.parse_args(argv)[0])
+    data = main.load_data(options, None)
+    n = options.max_steps or 6
+    plan = data.plan("train", seed=options.seed, epoch=1)[: 2 * n]
+    n_tokens = [data.count("train", rows)[1] for rows in plan]
+    of_two = [sum(pair) for pair in zip(n_tokens[::2], n_tokens[1::2])]
+    n_parameters: set[int] = set()
+
+    def speed(program: list[str], threads: int, counts: list[int], at_once: int = 1) -> float:
+        """The speed of fresh runs, which are ended when the last update is written down."""
+        with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+            folders = [Path(name, str(i)) for i in range(at_once)]
+            command = [sys.executable, PROJECT / program[0], *program[1:], *argv]
+            command += ["--device", "cpu", "--run-dir", "run", "--max-steps", len(counts)]
+            groups = []
+            for folder in folders:
+                folder.mkdir()
+                own = launched(command, folder, OMP_NUM_THREADS=str(threads))
+                groups.append(stack.enter_context(own))
+            found = [steps_of(*pair, len(counts)) for pair in zip(groups, folders)]
+            config = RunFolder(folders[0] / "run").read_config()
+            n_parameters.add(config["parameters"])
+        return sum(run_speed(events, counts) for events in found)
+
+    works = {
+        "2 processes of 1 thread": lambda: speed(["ddp_main.py", "--world-size", "2"], 1, of_two),
+        "1 process of 1 thread": lambda: speed(["main.py"], 1, n_tokens),
+        "1 process of 2 threads": lambda: speed(["main.py"], 2, n_tokens),
+        "2 runs of 1 thread at once": lambda: speed(["main.py"], 1, n_tokens, at_once=2),
+    }
+    print(f"{len(plan)} micro-batches of {min(n_tokens):,} to {max(n_tokens):,} tokens")
+    speeds = in_turn(works, "tokens/s", warm_up=False)
+    together, _, _, apart = speeds.values()
+    share = 1 - statistics.median(a / b for a, b in zip(together, apart))
+    n_bytes = 2 * (2 - 1) / 2 * 4 * n_parameters.pop()  # a ring of 2 sends each gradient once
+    print(f"gradients that a process sends in an update: {n_bytes / 1e6:,.1f} MB")
+    print(f"share of a step for sending, and waiting for the other: {share:.1%}")
+
+
+def steps_of(group: Launched, folder: Path, n: int) -> list[dict]:
+    """The updates that a run wrote down, once there are n."""
+    path = folder / "run" / RunFolder.METRICS
+    while True:
+        lines = path.read_text().splitlines(True) if path.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("}\n")]
+        steps = [event for event in events if event["event"] == "step"]
+        if len(steps) >= n:
+            return steps[:n]
+        if group.launcher.poll() is not None:
+            sys.exit(group.said())
+        time.sleep(0.2)
+
+
 if __name__ == "__main__":
-    modes = {"train": train, "decode": decode, "generate": generate}
-    if len(sys.argv) < 3 or sys.argv[1] not in modes:
+    modes = {
+        "train": train,
+        "processes": processes,
+        "decode": lambda argv: decode(*argv),
+        "generate": lambda argv: generate(*argv),
+    }
+    if len(sys.argv) < 2 or sys.argv[1] not in modes:
         sys.exit(__doc__)
-    modes[sys.argv[1]](sys.argv[2:] if sys.argv[1] == "train" else sys.argv[2])
+    modes[sys.argv[1]](sys.argv[2:])

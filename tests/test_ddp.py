@@ -195,7 +195,8 @@ def test_processes_make_the_update_of_accumulated_micro_batches(task, n, options
     many, one = without_times("many"), without_times("one")
     assert len(many) == len(one)
     for event, other in zip(many, one):
-        assert event == pytest.approx(other, abs=1e-5)
+        assert event.pop("event") == other.pop("event")
+        assert event == pytest.approx(other, rel=1e-6, abs=1e-6)
     steps = [event["step"] for event in events("many", "step")]
     assert steps == list(range(1, int(options.split()[1]) + 1))
 
@@ -261,13 +262,16 @@ def trained(corpora, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("task", ["classification", "translation"])
 def test_any_number_of_processes_gets_the_same_test_result(task, trained):
-    for n in (1, 2, 3):
+    for n in (2, 3):
         shutil.copytree(trained[task], str(n))
-        ranks_quietly(n, "--run-dir", n, "--test-only", "--batch-tokens", 120)
-    first, second, third = (events(str(n), "test") for n in (1, 2, 3))
-    assert first == second == third and len(first) == 2
+        Path(str(n), "test.hypotheses.txt").unlink(missing_ok=True)
+        ranks_quietly(n, "--run-dir", n, "--test-only")
+    (one,) = events(trained[task], "test")
+    del one["step"]
+    assert [events(str(n), "test")[1] for n in (2, 3)] == [one, one]
     if task == "translation":
-        texts = [Path(str(n), "test.hypotheses.txt").read_bytes() for n in (1, 2, 3)]
+        folders = [trained[task], "2", "3"]
+        texts = [Path(folder, "test.hypotheses.txt").read_bytes() for folder in folders]
         assert texts[0] == texts[1] == texts[2]
         assert len(set(texts[0].splitlines())) > 1
 
@@ -600,13 +604,13 @@ def test_the_launcher_stops_goes_on_and_tells_of_a_killed_process(corpora, monke
 
 @ON_LINUX
 def test_a_run_whose_ranks_are_killed_ends_as_an_unbroken_one(corpora):
-    argv = [*OPTIONS, *corpora["classification"], "--epochs", 60, "--dropout", 0.3]
+    argv = [*OPTIONS, *corpora["classification"], "--epochs", 30, "--dropout", 0.3]
     options = [*argv, "--run-dir", "r", "--checkpoint-every", 5]
     command = torchrun(2, f"--master-port={free_port()}", "--max-restarts=2")
     draw = random.Random()
     with launched([*command, *options], **ONE_THREAD) as group:
         for i, rank in enumerate((1, 0)):
-            group.wait_for(f"epoch {10 * i + 1}:")
+            group.wait_for(f"epoch {6 * i + 1}:")
             time.sleep(draw.uniform(0, 1))
             group.kill(rank)
         assert group.end() == 0, group.said()
