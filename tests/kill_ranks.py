@@ -1,8 +1,9 @@
 """kill -9 of a process of a group at any moment: does the run end by itself as an unbroken one?
 
 python tests/kill_ranks.py [KILLS] [options of main.py]
-Trains once unbroken, then KILLS times (10 unless told) with one process killed at a random moment
-of the run, from its first import to its test, and compares the weights, byte for byte.
+Trains once unbroken, then KILLS times (10 unless told) with one process killed at a random moment:
+of every fifth run from its start, of the others from its first update to its end. Compares the
+weights byte for byte.
 """
 
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 MARK = "RHEA_TEST_GROUP"  # in the environment of a group: a name by which its processes are found
 WEIGHTS = "best.safetensors"
+BEGUN, EPOCH = "batch plan", "\nepoch "  # what a run says as it begins to train, and of each epoch
 
 
 class Launched:
@@ -103,40 +105,38 @@ def main(argv: list[str]) -> int:
     """Says of each kill what came of it. Returns how many runs ended in another way."""
     n_kills = int(argv.pop(0)) if argv and argv[0].isdigit() else 10
     command = torchrun(2, "--standalone", "--max-restarts=3")
-    options = [*argv, "--checkpoint-every", "5", "--run-dir", "run"]
+    command += [*argv, "--checkpoint-every", "5", "--run-dir", "run"]
     draw, n_bad = random.Random(), 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, launched(command, folder) as group:
         began = time.monotonic()
-        with launched([*command, *options], folder) as group:
-            if group.end(600):
-                sys.exit(group.said())
-        seconds = time.monotonic() - began
+        group.wait_for(BEGUN)
+        seconds = {"its start": time.monotonic() - began}
+        began = time.monotonic()
+        if group.end(600):
+            sys.exit(group.said())
+        seconds["its first update"] = time.monotonic() - began
         unbroken = Path(folder, "run", WEIGHTS).read_bytes()
-        print(f"unbroken: {seconds:.1f} s", flush=True)
+    print("unbroken: " + ", ".join(f"{x:.1f} s from {name}" for name, x in seconds.items()))
     for i in range(n_kills):
-        rank, moment = draw.randrange(2), draw.uniform(0, 0.9) * seconds
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.monotonic()
-            with launched([*command, *options], folder) as group:
-                time.sleep(moment)
-                try:
-                    group.kill(rank)
-                    said = group.said().splitlines()
-                    where = next((line for line in reversed(said) if line), "nothing said yet")
-                    status = group.end(600)
-                except RuntimeError:
-                    print(f"{i + 1}: the run had ended before {moment:.1f} s", flush=True)
-                    continue
-                goes_on = [x for x in group.said().splitlines() if x.startswith("goes on after")]
+        rank, since = draw.randrange(2), "its first update" if i % 5 else "its start"
+        moment = draw.uniform(0, 0.9) * seconds[since]
+        with tempfile.TemporaryDirectory() as folder, launched(command, folder) as group:
+            if i % 5:
+                group.wait_for(BEGUN)
+            time.sleep(moment)
+            group.kill(rank)
+            before = group.said()
+            status = group.end(600)
+            goes_on = [x for x in group.said().splitlines() if x.startswith("goes on after")]
             path = Path(folder, "run", WEIGHTS)
             same = path.exists() and path.read_bytes() == unbroken
-            n_bad += status != 0 or not same
-            print(
-                f"{i + 1}: rank {rank} killed after {moment:.1f} s, at: {where[:60]}; "
-                f"{'; '.join(goes_on) or 'began anew'}; exit status {status} after "
-                f"{time.monotonic() - began:.1f} s; weights {'the same' if same else 'OTHERS'}",
-                flush=True,
-            )
+        n_bad += status != 0 or not same
+        print(
+            f"{i + 1}: rank {rank} killed {moment:.1f} s after {since}, "
+            f"{before.count(EPOCH)} epochs done; {'; '.join(goes_on) or 'began anew'}; exit status "
+            f"{status}, weights {'the same' if same else 'OTHERS'}",
+            flush=True,
+        )
     print(f"{n_bad} of {n_kills} ended in another way than the unbroken run")
     return n_bad
 
