@@ -1,9 +1,9 @@
 """kill -9 of a process of a group at any moment: does the run end by itself as an unbroken one?
 
 python tests/kill_ranks.py [KILLS] [options of main.py]
-Trains once unbroken, then KILLS times (10 unless told) with one process killed at a random moment:
-of every fifth run from its start, of the others from its first update to its end. Compares the
-weights byte for byte.
+Trains once unbroken, then KILLS times (10 unless told) with one process killed within two seconds
+after a random point: the start, the batch plan, or the end of an epoch. Compares the weights byte
+for byte.
 """
 
 import os
@@ -106,35 +106,33 @@ def main(argv: list[str]) -> int:
     n_kills = int(argv.pop(0)) if argv and argv[0].isdigit() else 10
     command = torchrun(2, "--standalone", "--max-restarts=3")
     command += [*argv, "--checkpoint-every", "5", "--run-dir", "run"]
-    draw, n_bad = random.Random(), 0
+    draw, n_done, n_bad = random.Random(), 0, 0
     with tempfile.TemporaryDirectory() as folder, launched(command, folder) as group:
-        began = time.monotonic()
-        group.wait_for(BEGUN)
-        seconds = {"its start": time.monotonic() - began}
         began = time.monotonic()
         if group.end(600):
             sys.exit(group.said())
-        seconds["its first update"] = time.monotonic() - began
+        seconds, n_epochs = time.monotonic() - began, group.said().count(EPOCH)
         unbroken = Path(folder, "run", WEIGHTS).read_bytes()
-    print("unbroken: " + ", ".join(f"{x:.1f} s from {name}" for name, x in seconds.items()))
-    for i in range(n_kills):
-        rank, since = draw.randrange(2), "its first update" if i % 5 else "its start"
-        moment = draw.uniform(0, 0.9) * seconds[since]
+    print(f"unbroken: {n_epochs} epochs, {seconds:.1f} s", flush=True)
+    while n_done < n_kills:
+        rank, epoch, wait = draw.randrange(2), draw.randint(-1, n_epochs), draw.uniform(0, 2)
         with tempfile.TemporaryDirectory() as folder, launched(command, folder) as group:
-            if i % 5:
-                group.wait_for(BEGUN)
-            time.sleep(moment)
-            group.kill(rank)
-            before = group.said()
+            try:
+                group.wait_for({-1: "", 0: BEGUN}.get(epoch, f"{EPOCH}{epoch}:"))
+                time.sleep(wait)
+                group.kill(rank)
+            except RuntimeError:  # it was over by then: another moment
+                continue
             status = group.end(600)
             goes_on = [x for x in group.said().splitlines() if x.startswith("goes on after")]
             path = Path(folder, "run", WEIGHTS)
             same = path.exists() and path.read_bytes() == unbroken
-        n_bad += status != 0 or not same
+        n_done, n_bad = n_done + 1, n_bad + (status != 0 or not same)
+        since = {-1: "its start", 0: "the batch plan"}.get(epoch, f"epoch {epoch}")
         print(
-            f"{i + 1}: rank {rank} killed {moment:.1f} s after {since}, "
-            f"{before.count(EPOCH)} epochs done; {'; '.join(goes_on) or 'began anew'}; exit status "
-            f"{status}, weights {'the same' if same else 'OTHERS'}",
+            f"{n_done}: rank {rank} killed {wait:.2f} s after {since}; "
+            f"{'; '.join(goes_on) or 'began anew'}; exit status {status}, weights "
+            f"{'the same' if same else 'OTHERS'}",
             flush=True,
         )
     print(f"{n_bad} of {n_kills} ended in another way than the unbroken run")
