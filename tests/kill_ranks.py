@@ -1,8 +1,9 @@
 """kill -9 of a process of a group at any moment: does the run end by itself as an unbroken one?
 
 python tests/kill_ranks.py [KILLS] [options of main.py]
-Trains once unbroken, then KILLS times (10 unless told) with one process killed at a random moment
-of the run, from its first import to its test, and compares the weights, byte for byte.
+Trains once unbroken, then KILLS times (10 unless told) with one process killed within two seconds
+after a random point: the start, the batch plan, or the end of an epoch. Compares the weights byte
+for byte.
 """
 
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 MARK = "RHEA_TEST_GROUP"  # in the environment of a group: a name by which its processes are found
 WEIGHTS = "best.safetensors"
+BEGUN, EPOCH = "batch plan", "\nepoch "  # what a run says as it begins to train, and of each epoch
 
 
 class Launched:
@@ -103,40 +105,36 @@ def main(argv: list[str]) -> int:
     """Says of each kill what came of it. Returns how many runs ended in another way."""
     n_kills = int(argv.pop(0)) if argv and argv[0].isdigit() else 10
     command = torchrun(2, "--standalone", "--max-restarts=3")
-    options = [*argv, "--checkpoint-every", "5", "--run-dir", "run"]
-    draw, n_bad = random.Random(), 0
-    with tempfile.TemporaryDirectory() as folder:
+    command += [*argv, "--checkpoint-every", "5", "--run-dir", "run"]
+    draw, n_done, n_bad = random.Random(), 0, 0
+    with tempfile.TemporaryDirectory() as folder, launched(command, folder) as group:
         began = time.monotonic()
-        with launched([*command, *options], folder) as group:
-            if group.end(600):
-                sys.exit(group.said())
-        seconds = time.monotonic() - began
+        if group.end(600):
+            sys.exit(group.said())
+        seconds, n_epochs = time.monotonic() - began, group.said().count(EPOCH)
         unbroken = Path(folder, "run", WEIGHTS).read_bytes()
-        print(f"unbroken: {seconds:.1f} s", flush=True)
-    for i in range(n_kills):
-        rank, moment = draw.randrange(2), draw.uniform(0, 0.9) * seconds
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.monotonic()
-            with launched([*command, *options], folder) as group:
-                time.sleep(moment)
-                try:
-                    group.kill(rank)
-                    said = group.said().splitlines()
-                    where = next((line for line in reversed(said) if line), "nothing said yet")
-                    status = group.end(600)
-                except RuntimeError:
-                    print(f"{i + 1}: the run had ended before {moment:.1f} s", flush=True)
-                    continue
-                goes_on = [x for x in group.said().splitlines() if x.startswith("goes on after")]
+    print(f"unbroken: {n_epochs} epochs, {seconds:.1f} s", flush=True)
+    while n_done < n_kills:
+        rank, epoch, wait = draw.randrange(2), draw.randint(-1, n_epochs), draw.uniform(0, 2)
+        with tempfile.TemporaryDirectory() as folder, launched(command, folder) as group:
+            try:
+                group.wait_for({-1: "", 0: BEGUN}.get(epoch, f"{EPOCH}{epoch}:"))
+                time.sleep(wait)
+                group.kill(rank)
+            except RuntimeError:  # it was over by then: another moment
+                continue
+            status = group.end(600)
+            goes_on = [x for x in group.said().splitlines() if x.startswith("goes on after")]
             path = Path(folder, "run", WEIGHTS)
             same = path.exists() and path.read_bytes() == unbroken
-            n_bad += status != 0 or not same
-            print(
-                f"{i + 1}: rank {rank} killed after {moment:.1f} s, at: {where[:60]}; "
-                f"{'; '.join(goes_on) or 'began anew'}; exit status {status} after "
-                f"{time.monotonic() - began:.1f} s; weights {'the same' if same else 'OTHERS'}",
-                flush=True,
-            )
+        n_done, n_bad = n_done + 1, n_bad + (status != 0 or not same)
+        since = {-1: "its start", 0: "the batch plan"}.get(epoch, f"epoch {epoch}")
+        print(
+            f"{n_done}: rank {rank} killed {wait:.2f} s after {since}; "
+            f"{'; '.join(goes_on) or 'began anew'}; exit status {status}, weights "
+            f"{'the same' if same else 'OTHERS'}",
+            flush=True,
+        )
     print(f"{n_bad} of {n_kills} ended in another way than the unbroken run")
     return n_bad
 
