@@ -31,6 +31,7 @@ class LaunchConfig:
 
 
 STORE: list[dist.Store] = []  # of the group, while there is one
+UPDATES: list[torch.cuda.Event] = []  # that a CUDA device was given
 SILENCE = timedelta(hours=2)  # that a rank may keep, as while it makes ready the data for others
 
 
@@ -135,6 +136,7 @@ def process_group(device: str) -> Iterator[None]:
         raise
     finally:
         STORE.clear()
+        UPDATES.clear()
         dist.destroy_process_group()
 
 
@@ -222,15 +224,20 @@ def defer_sync(model: nn.Module, *, last: bool) -> AbstractContextManager:
 def agree_to_stop(wanted: bool, step: int) -> bool:
     """Whether all ranks stop after this update; wanted: whether this one was asked to.
 
-    Who is asked names the next update, for others may have begun it. None can end that one without
-    all, and by then all can read the name.
+    Who is asked names the second update from here, for others may have begun the next. None can end
+    that next one without all, and whoever has ended it can read the name.
     """
     if world_size() == 1:
         return wanted
+    if dist.get_backend_config().find("nccl") >= 0:  # a CUDA device may be far behind its process
+        UPDATES.append(torch.cuda.Event())
+        UPDATES[-1].record()
+        if len(UPDATES) > 1:  # the last update stays under way, for the device to have work
+            UPDATES.pop(0).synchronize()
     store, key = STORE[0], "stop after update"
     if not store.check([key]):
         if wanted:
-            store.compare_set(key, "", str(step + 1))
+            store.compare_set(key, "", str(step + 2))
         return False
     return step >= int(store.get(key))
 
