@@ -87,6 +87,7 @@ def launch(n_processes: int, *command: str) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_one(n_processes)))
     os.environ[THREADS_SET] = "1"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.disable()  # of the launcher, which tells in twenty lines what the processes tell in one
     try:
         run.run(run.parse_args(["--standalone", f"--nproc-per-node={n_processes}", *command]))
