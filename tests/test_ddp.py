@@ -511,14 +511,14 @@ def test_a_rank_that_fails_ends_all_with_its_own_message(fault, rank, words, cor
 
 def stops_in_an_update() -> None:
     """A signal to one process alone, in an update of its choice."""
-    update = procedures.Trainer.update
+    step = procedures.Trainer.step
 
     def updated(self, *args):
         if self.state.step + 1 == int(os.environ["STOP_IN"]) and is_mine():
             os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-        return update(self, *args)
+        return step(self, *args)
 
-    procedures.Trainer.update = updated
+    procedures.Trainer.step = updated
 
 
 N_UPDATES = 8  # of an epoch, by two processes
