@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -453,8 +454,12 @@ def draw_epoch_times(records: list[dict[str, Any]], path: Path, different: bool)
     records = sorted(records, key=lambda r: bool(r.get("published")))
     places = [i + 0.6 * bool(r.get("published")) for i, r in enumerate(records)]
     labels = labels_of(records)
-    if different:
-        labels = [f"{label}\n{work_of(r)}" for label, r in zip(labels, records)]
+    usual = Counter(map(work_of, records)).most_common(1)[0][0]
+    named = {usual, *(r.get("workload") for r in records if r.get("published"))}
+    labels = [
+        f"{label}\n{work_of(r)}" if different and work_of(r) not in named else label
+        for label, r in zip(labels, records)
+    ]
     medians = [r["seconds_per_epoch"]["median"] for r in records]
     below = [m - r["seconds_per_epoch"]["least"] for m, r in zip(medians, records)]
     above = [r["seconds_per_epoch"]["greatest"] - m for m, r in zip(medians, records)]
@@ -462,8 +467,7 @@ def draw_epoch_times(records: list[dict[str, Any]], path: Path, different: bool)
     left = 0.0
     if logarithmic:
         left = 10 ** math.floor(math.log10(min(medians) / 1.5))
-    height = 0.55 if different else 0.38
-    figure = Figure(figsize=(9, 1.9 + height * len(records)), layout="constrained")
+    figure = Figure(figsize=(9, 1.9 + 0.4 * len(records)), layout="constrained")
     axes = figure.subplots()
     for i, r in enumerate(records):
         published = bool(r.get("published"))
@@ -483,7 +487,7 @@ def draw_epoch_times(records: list[dict[str, Any]], path: Path, different: bool)
         )
     if logarithmic:
         axes.set_xscale("log")
-        axes.set_xlim(left, max(m + a for m, a in zip(medians, above)) * 4)
+        axes.set_xlim(left, max(m + a for m, a in zip(medians, above)) * 6)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
     else:
         axes.set_xlim(0, max(m + a for m, a in zip(medians, above)) * 1.15)
@@ -493,8 +497,8 @@ def draw_epoch_times(records: list[dict[str, Any]], path: Path, different: bool)
     axes.set_axisbelow(True)
     axes.set_xlabel("seconds of one training epoch" + (", logarithmic" if logarithmic else ""))
     works = sorted({r["work_fingerprint"] for r in records if "work_fingerprint" in r})
-    workloads = ", ".join(sorted({r.get("workload") or "own settings" for r in records}))
-    axes.set_title(f"One training epoch, workload: {workloads}")
+    workloads = "; ".join(dict.fromkeys(r.get("workload") or "own settings" for r in records))
+    figure.suptitle(f"One training epoch, workload {workloads}")
     handles = [Patch(facecolor=BLUE, edgecolor=BLUE, label="measured with rhea")]
     if any(r.get("published") for r in records):
         handles.append(
@@ -507,7 +511,7 @@ def draw_epoch_times(records: list[dict[str, Any]], path: Path, different: bool)
         )
     title = f"work {works[0]}" if len(works) == 1 else None
     if different:
-        title = "NOT the same work: see the second line of each name"
+        title = f"NOT the same work: {usual}, where a name has no second line"
     if any(map(is_reckoned, records)):
         handles.append(Line2D([], [], ls="", label="* reckoned from a part of the epoch"))
     figure.legend(handles=handles, title=title, loc="outside lower center", ncols=3, fontsize=9)

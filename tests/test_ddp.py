@@ -534,7 +534,9 @@ def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(
     how = {"prepare": stops_in_an_update, "FAILING": rank, "SIGNAL": int(signum), "STOP_IN": step}
     ended = ranks(2, *argv, "--run-dir", "stopped", **how)
     assert [e.status for e in ended] == [128 + signum] * 2
-    n_done = min(step + 2, N_UPDATES * math.ceil(step / N_UPDATES))  # others may have begun the next
+    n_done = min(
+        step + 2, N_UPDATES * math.ceil(step / N_UPDATES)
+    )  # others may have begun the next
     command = "python ddp_main.py --world-size 2 --resume --run-dir stopped"
     said = f"stopped; update {n_done} is kept; go on: {command}"
     assert [e.err.strip() for e in ended] == [said, ""]

@@ -272,7 +272,7 @@ def test_table_and_bars_show_the_same_numbers(greatest, drawn):
     assert [w[1][0] for w in whiskers] == pytest.approx([s * 2 for s in seconds])
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["Some, 1 thread", "Some, 2 threads", "Some, 3 threads"]
-    assert "seconds" in axes.get_xlabel() and "reviews" in axes.get_title()
+    assert "seconds" in axes.get_xlabel() and "reviews" in drawn[0].get_suptitle()
     assert "a" * 16 in drawn[0].legends[0].get_title().get_text()
 
 
@@ -286,7 +286,8 @@ def test_a_figure_is_what_its_name_says(ending, start, tmp_path):
 
 def test_what_others_published_is_marked_and_apart(drawn):
     ours = write_records("r.jsonl", record(workload="original"))
-    out = run_quietly("--compare", EPOCH_TIMES, ours, "--figure", "f.png")
+    argv = ["--compare", EPOCH_TIMES, ours, "--figure", "f.png", "--allow-different-work"]
+    out = run_quietly(*argv)
     (axes,) = drawn[0].axes
     hatched = [bool(bar.get_hatch()) for bar in axes.patches]
     assert hatched == [False] * (len(hatched) - 6) + [True] * 6
@@ -301,9 +302,10 @@ def test_different_work_is_refused_unless_asked_for_and_then_said(drawn, capsys)
     assert "a" * 16 in line and "b" * 16 in line and "--allow-different-work" in line
     assert not drawn
     run_quietly("--compare", name, "--figure", "f.png", "--allow-different-work")
-    assert "NOT the same work" in drawn[0].legends[0].get_title().get_text()
+    title = drawn[0].legends[0].get_title().get_text()
+    assert "NOT the same work" in title and "a" * 16 in title
     labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
-    assert "a" * 16 in labels[0] and "b" * 16 in labels[1]
+    assert labels[0].count("\n") == 0 and "\nreviews " + "b" * 16 in labels[1]
 
 
 def test_a_training_run_is_a_record_too(slice_of_reviews):
