@@ -127,6 +127,28 @@ def predictor_of(
     )
 
 
+def trainer_of(
+    options: SimpleNamespace,
+    model: nn.Module,
+    data: TextData,
+    folder: RunFolder,
+    device: torch.device,
+    signals: StopSignals,
+) -> Trainer:
+    """The trainer of a model, as the options say."""
+    return Trainer(
+        model,
+        data,
+        part(TrainingConfig, options),
+        folder,
+        device=device,
+        precision=options.precision,
+        seed=options.seed,
+        compiled=options.compile,
+        signals=signals,
+    )
+
+
 def own_device(options: SimpleNamespace) -> torch.device:
     """The device of this process."""
     mine = {"local_rank": local_rank(), "local_world_size": local_world_size()}
@@ -181,18 +203,8 @@ def train_and_test(given: dict[str, Any], problems: list[str]) -> None:
         agreed(lambda: check_same_data(options, config, facts))
     with StopSignals() as signals, folder.locked():
         predictor = predictor_of(options, model, data.codec, data.classes, device)
-        trainer = Trainer(
-            model,
-            data,
-            part(TrainingConfig, options),
-            folder,
-            device=device,
-            precision=options.precision,
-            seed=options.seed,
-            compiled=options.compile,
-            signals=signals,
-            inspect=partial(inspect, predictor, data, options.epochs),
-        )
+        trainer = trainer_of(options, model, data, folder, device, signals)
+        trainer.inspect = partial(inspect, predictor, data, options.epochs)
         if config:
             tested = take_up(trainer, folder)
         else:
@@ -259,9 +271,9 @@ def load_data(options: SimpleNamespace, folder: RunFolder | None) -> TextData:
 
 
 def print_facts(
-    options: SimpleNamespace, data: TextData, facts: dict[str, Any], folder: RunFolder
+    options: SimpleNamespace, data: TextData, facts: dict[str, Any], folder: RunFolder | None
 ) -> None:
-    """What a run is about to do, and where."""
+    """What a run is about to do, and where; folder: None if nothing will be written."""
     classes = data.classes
     targets = ", ".join(c[:20] for c in classes[:10]) if classes else options.target_column
     processes = f"{facts['processes']} processes of " if facts["processes"] > 1 else ""
@@ -274,7 +286,7 @@ def print_facts(
         print("  " + data.report(split))
     print(
         f"tokenizer of {data.codec.n_vocab:,} tokens; model of {facts['parameters']:,} parameters\n"
-        f"batch plan {facts['plan_fingerprint']}; run folder {folder.path}",
+        f"batch plan {facts['plan_fingerprint']}{f'; run folder {folder.path}' if folder else ''}",
         flush=True,
     )
 
@@ -511,8 +523,8 @@ def measure(given: dict[str, Any], problems: list[str]) -> None:
     data = load_data(options, None)
     model = build_model(options, data.codec, data.classes).to(device)
     facts = facts_of(options, data, model, device)
-    config, training = part(ModelConfig, options), part(TrainingConfig, options)
-    print_facts(options, data, facts, folder)
+    config = part(ModelConfig, options)
+    print_facts(options, data, facts, None if options.check_device else folder)
     if options.check_device:
         written_out = SimpleNamespace(**{**vars(options), "attention": "list"})
         reference = build_model(written_out, data.codec, data.classes)
@@ -524,17 +536,7 @@ def measure(given: dict[str, Any], problems: list[str]) -> None:
         folder.clear()
         folder.write_tokenizer(data.codec.tokenizer.to_str(pretty=True))
         folder.write_config({"options": vars(options), **facts})
-        trainer = Trainer(
-            model,
-            data,
-            training,
-            folder,
-            device=device,
-            precision=options.precision,
-            seed=options.seed,
-            compiled=options.compile,
-            signals=signals,
-        )
+        trainer = trainer_of(options, model, data, folder, device, signals)
         n_out = len(data.classes) if data.classes else data.codec.n_vocab
         figures = benchmark(trainer, config, options.benchmark, n_out=n_out)
         named = WORKLOADS.get(options.workload, {})

@@ -438,11 +438,11 @@ class Trainer:
         seed: int,
         compiled: bool,
         signals: StopSignals,
-        inspect: Callable[[int], dict[str, float]] = lambda epoch: {},
     ) -> None:
         self.model, self.data, self.config, self.folder = model, data, config, folder
         self.device, self.precision, self.seed = device, precision, seed
-        self.compiled, self.signals, self.inspect = compiled, signals, inspect
+        self.compiled, self.signals = compiled, signals
+        self.inspect: Callable[[int], dict[str, float]] = lambda epoch: {}
         self.optimizer = build_optimizer(model, weight_decay=config.weight_decay)
         self.scaler = grad_scaler(precision, device)
         self.runner = wrap(model, device)

@@ -413,6 +413,19 @@ def test_each_tensor_is_held_against_the_reference():
     assert share == pytest.approx(0.01, rel=0.01) and next_share < 1e-5
 
 
+@pytest.mark.parametrize("name", ["embedding.W_e", "decoder.0.cross_attention.W_q.weight"])
+def test_a_weight_changed_by_one_percent_is_found_out(name, slice_of_reviews, monkeypatch, capsys):
+    load = TransformerClassifier.load_state_dict
+
+    def load_changed(self, weights):
+        return load(self, {**weights, name: weights[name] * 1.01})
+
+    monkeypatch.setattr(TransformerClassifier, "load_state_dict", load_changed)
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--check-device"]
+    assert main.main(argv) == 1
+    assert "does not compute what the CPU does" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------ devices that are not here
 
 
