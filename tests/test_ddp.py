@@ -553,7 +553,7 @@ def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(
     # Alone, without accumulation, it goes on with the micro-batch after those that two had.
     monkeypatch.setattr(TextData, "batches", TextData.batches)
     record_plans()
-    run_quietly(*argv, "--run-dir", "whole", "--max-steps", 24)
+    run_quietly(*argv, "--run-dir", "whole", "--max-steps", 32)
     run_quietly("--run-dir", "alone", "--resume", "--max-steps", n_done + 2)
     plans = [plan for split, plan in recorded_plans("one") if split == "train"]
     _, *epochs, _, rest = plans
@@ -578,7 +578,7 @@ def test_the_launcher_stops_goes_on_and_tells_of_a_killed_process(corpora, monke
         group.launcher.send_signal(signal.SIGINT)
         assert group.end() == 130
         last = group.said().strip().splitlines()[-1]
-        command = "python ddp_main.py --world-size 2 --resume --run-dir r"
+        command = f"python {program[1]} --world-size 2 --resume --run-dir r"
         assert re.fullmatch(f"stopped; update \\d+ is kept; go on: {command}", last)
         assert group.pids() == []
     config = json.loads(Path("r/config.json").read_text())
