@@ -1,4 +1,4 @@
-"""General computation: options, devices, seeds, run folders, figures. Knows nothing of models."""
+"""General computation: options, devices, seeds, signals, figures. Knows nothing of models."""
 
 import hashlib
 import json

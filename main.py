@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,7 @@ from comp_utils import (
     set_up,
 )
 from data import (
+    READERS,
     Batch,
     DataConfig,
     TextCodec,
@@ -47,6 +49,7 @@ from data import (
     TokenizerConfig,
     as_codec,
     class_names,
+    file_format,
     get_tokenizer,
     load_splits,
     read_lines,
@@ -461,6 +464,9 @@ def use(given: dict[str, Any], problems: list[str]) -> None:
 
 def predict(predictor: Predictor, name: str) -> None:
     """A line for each line of a file, in order; a blank one for a blank one."""
+    if file_format(Path(name)) in READERS:
+        words = "each line is answered as one text, its columns and first line as well"
+        print(f"warning: {name}: {words}", file=sys.stderr)
     lines = (line.rstrip("\r\n") for _, line in read_lines(name))
     # A person who types waits for each answer; a file is faster in large portions.
     typed = name == "-" and sys.stdin.isatty()
@@ -519,6 +525,13 @@ def compare_records(given: dict[str, Any], problems: list[str]) -> None:
 
 def measure(given: dict[str, Any], problems: list[str]) -> None:
     """Times updates, or holds a device against the CPU. Raises RunFailed if they do not agree."""
+    if "check_device" in given:
+        problems = problems + [
+            f"{flag(name)}: --check-device writes nothing; leave it out"
+            for name in ("run_dir", "overwrite")
+            if name in given
+        ]
+        given = {k: v for k, v in given.items() if k not in ("run_dir", "overwrite")}
     options, device, folder = begin(given, problems)
     data = load_data(options, None)
     model = build_model(options, data.codec, data.classes).to(device)

@@ -293,6 +293,18 @@ def test_predict_of_an_empty_file_answers_nothing(run_copy, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_predict_says_that_a_table_is_answered_line_by_line(run_copy, capsys):
+    table = csv_bytes([("a wonderful film", "1"), ("dull", "0")])
+    write_files({"in.csv": table, "in.txt": table})
+    said = []
+    for name in ("in.txt", "in.csv"):
+        assert main.main(["--run-dir", str(run_copy), "--predict", name]) == 0
+        said.append(capsys.readouterr())
+    text, table = said
+    assert text.out == table.out and text.out.count("\n") == 3
+    assert text.err == "" and table.err.startswith("warning: in.csv: each line is answered")
+
+
 # ---------------------------------------------------------------------------------- reproducibility
 
 

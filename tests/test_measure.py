@@ -348,6 +348,7 @@ REFUSED = {
     "allowed for what": ("--allow-different-work", ["--allow-different-work", "--compare"]),
     "with training": ("--compare r.jsonl --epochs 3", ["--epochs", "leave it out"]),
     "two at once": ("--benchmark 3 --check-device", ["--check-device and --benchmark", "one"]),
+    "a folder for nothing": ("--check-device --run-dir r", ["--run-dir", "writes nothing"]),
     "resumed": ("--benchmark 3 --resume --run-dir r", ["--resume and --benchmark", "one"]),
     "no workload": ("--workload mine", ["--workload mine", "one of original, reviews"]),
     "no updates": ("--benchmark 0", ["--benchmark 0", "at least 1"]),
