@@ -308,8 +308,11 @@ def check_same_data(
 
 def go_on(folder: RunFolder) -> str:
     """The command that goes on with a run."""
+    more = ["--resume", "--run-dir", str(folder.path)]
+    if world_size() > local_world_size():
+        return f"torchrun as before on each machine, with {shlex.join(more)}"
     n = ["--world-size", str(world_size())] if world_size() > 1 else []
-    return shlex.join(["python", sys.argv[0], *n, "--resume", "--run-dir", str(folder.path)])
+    return shlex.join(["python", sys.argv[0], *n, *more])
 
 
 def draw_run(folder: RunFolder, title: str) -> None:

@@ -562,6 +562,15 @@ def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(
     assert rest[:2] == whole[n_micro_batches : n_micro_batches + 2]
 
 
+def test_a_stopped_run_of_two_machines_says_what_each_is_to_do(corpora):
+    argv = [*OPTIONS, *corpora["classification"], "--run-dir", "r"]
+    how = {"prepare": stops_in_an_update, "FAILING": 0, "SIGNAL": int(signal.SIGINT), "STOP_IN": 2}
+    ended = ranks(2, *argv, **how, LOCAL_WORLD_SIZE=1)
+    assert [e.status for e in ended] == [130, 130]
+    command = "torchrun as before on each machine, with --resume --run-dir r"
+    assert ended[0].err.strip().endswith(f"is kept; go on: {command}") and ended[1].err == ""
+
+
 # ------------------------------------------------------------------------------------ the launcher
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", ddp_utils.THREADS_SET: "1"}
