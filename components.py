@@ -1,37 +1,36 @@
-"""The parts of the Transformer, one class or function per equation. Maths only.
+"""The building blocks of the Transformer: one class or function per equation.
 
-Sources: *Formal Algorithms for Transformers* (FA, arXiv 2207.09238), whose algorithm numbers,
-letters and signatures are used here, and *Attention Is All You Need* (AIAYN, arXiv 1706.03762). FA
-writes tokens as columns and `Mask[t_z, t_x]`; here tokens are rows, so every formula stands
-transposed and it is `Mask[t_x, t_z]`.
-
-Letters of the shape comments: b batch, h heads, l_x primary length, l_z context length.
+AIAYN: *Attention Is All You Need* (arXiv 1706.03762).
+FA: *Formal Algorithms for Transformers* (arXiv 2207.09238), whose letters and signatures are used.
+FA writes tokens as columns and `Mask[t_z, t_x]`; here they are rows, and it is `Mask[t_x, t_z]`.
+Shapes: b batch, h heads, l_x length of the primary sequence X, l_z length of the context Z.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+FORMS = ("list", "matmul", "fused")  # one head after the other, all at once, torch's kernel
 
 
 # ---------------------------------------------------------------------------------------- embedding
 
 
 class TokenEmbedding(nn.Module):
-    """e = sqrt(d_model) * W_e[v]: one learned row for each token of the vocabulary.
+    """e = sqrt(d_model) * W_e[v]: ids (...) in [0, n_vocab) -> (..., d_model).
 
-    Source: FA, Algorithm 1; the factor is of AIAYN, section 3.4.
-    Shapes: ids (...) int64 in [0, n_vocab); returns (..., d_model).
+    Source: FA, Algorithm 1; AIAYN, section 3.4, for the factor.
     """
 
     def __init__(self, n_vocab: int, d_model: int) -> None:
         super().__init__()
         self.W_e = nn.Parameter(torch.empty(n_vocab, d_model))
-        # After the factor sqrt(d_model) an embedding has unit variance, like a position; as W_u
-        # (Unembedding) the same rows then give logits of unit variance for a layer-normed input.
+        # Times sqrt(d_model), an embedding has unit variance, similar to a position's. As W_u
+        # (Unembedding), the same rows give logits of unit variance for a layer-normed input.
         nn.init.normal_(self.W_e, std=d_model**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -41,12 +40,11 @@ class TokenEmbedding(nn.Module):
 def sinusoids(max_len: int, d_model: int, *, base: float = 10_000.0) -> Tensor:
     """PE[t, 2i] = sin(t / base^(2i / d_model)) and PE[t, 2i + 1] = cos(t / base^(2i / d_model)).
 
-    Source: AIAYN, section 3.5, with t counted from 0; FA, section 4.
-    Returns (max_len, d_model) float64. Raises ValueError if d_model is odd.
+    Source: AIAYN, section 3.5. Returns (max_len, d_model) float64, with t from 0.
     """
     if d_model % 2:
-        raise ValueError(f"sinusoids: d_model {d_model} is odd; each wavelength takes two numbers")
-    # float64, or a late position is off by 1e-4; on the CPU, for MPS has no float64.
+        raise ValueError(f"sinusoids: d_model {d_model} is odd; sine and cosine come in pairs")
+    # In float32 a late position would be off by 1e-4. MPS has no float64, hence the CPU.
     t = torch.arange(max_len, dtype=torch.float64, device="cpu")
     two_i = torch.arange(0, d_model, 2, dtype=torch.float64, device="cpu")
     angle = t[:, None] / base ** (two_i / d_model)  # (max_len, d_model / 2)
@@ -54,10 +52,7 @@ def sinusoids(max_len: int, d_model: int, *, base: float = 10_000.0) -> Tensor:
 
 
 class SinusoidalPositions(nn.Module):
-    """X + PE[start : start + l]. The table follows from its size, so it is in no checkpoint.
-
-    Shapes: X (b, l, d_model), l <= max_len; returns the same.
-    """
+    """X + PE[start : start + l], of X (b, l, d_model). PE is a constant, so it is not saved."""
 
     def __init__(self, max_len: int, d_model: int) -> None:
         super().__init__()
@@ -69,16 +64,15 @@ class SinusoidalPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """X + W_p[start : start + l]: one learned row for each position.
+    """X + W_p[start : start + l], of X (b, l, d_model).
 
     Source: FA, Algorithm 2; AIAYN, Table 3, row E.
-    Shapes: X (b, l, d_model), l <= max_len; returns the same.
     """
 
     def __init__(self, max_len: int, d_model: int) -> None:
         super().__init__()
         self.W_p = nn.Parameter(torch.empty(max_len, d_model))
-        nn.init.normal_(self.W_p, std=0.02)  # small beside the embedding: tokens count at first
+        nn.init.normal_(self.W_p, std=0.02)  # small: at first the token matters most
 
     def forward(self, X: Tensor, start: int = 0) -> Tensor:
         return X + self.W_p[start : start + X.shape[1]]
@@ -88,12 +82,9 @@ POSITIONS = {"sinusoidal": SinusoidalPositions, "learned": LearnedPositions}
 
 
 class Unembedding(nn.Module):
-    """logits = W_u e; softmax(logits) is FA's p, and is left to the loss, which wants its
-    logarithm.
+    """logits = W_u e: X (..., d_model) -> (..., n_vocab), with W_u = W_e of the token embedding.
 
-    Source: FA, Algorithm 7. W_u is the matrix W_e of the token embedding (AIAYN, section 3.4),
-    without its factor.
-    Shapes: X (..., d_model); returns (..., n_vocab).
+    Source: FA, Algorithm 7, but for its softmax, which is part of the loss; AIAYN, section 3.4.
     """
 
     def __init__(self, embedding: TokenEmbedding) -> None:
@@ -104,15 +95,33 @@ class Unembedding(nn.Module):
         return X @ self.W_u.T
 
 
+# -------------------------------------------------------------------------------------------- masks
+# A mask is boolean, True = may attend, and broadcasts to (b, h, l_x, l_z).
+
+CAUSAL = "causal"  # a name for causal_mask, which attention builds where its form needs it
+
+
+def padding_mask(ids: Tensor, pad_id: int) -> Tensor:
+    """Mask[t_z] = [ids[t_z] != pad_id], for all heads and queries: (b, l_z) -> (b, 1, 1, l_z)."""
+    return (ids != pad_id)[:, None, None, :]
+
+
+def causal_mask(l_x: int, l_z: int, device: torch.device) -> Tensor:
+    """Mask[t_x, t_z] = [t_z <= t_x] where l_x = l_z: no query attends to a later position.
+
+    In general the queries are the last l_x of the l_z positions. Returns (l_x, l_z).
+    Source: FA, Algorithm 4 (unidirectional attention); AIAYN, section 3.2.3.
+    """
+    return torch.ones(l_x, l_z, dtype=torch.bool, device=device).tril(l_z - l_x)
+
+
 # ---------------------------------------------------------------------------------------- attention
 
 
 def single_query_attention(q: Tensor, K: Tensor, V: Tensor) -> Tensor:
-    """v = sum_t alpha_t v_t with alpha = softmax(q K^T / sqrt(d_attn)): what one token takes from
-    its context.
+    """v = sum_t alpha_t v_t with alpha = softmax(q K^T / sqrt(d_attn)): one row of `attention`.
 
-    Source: FA, Algorithm 3. It is here for the reader; `attention` does the same for all queries at
-    once.
+    Source: FA, Algorithm 3. For the reader; the model computes all queries at once.
     Shapes: q (d_attn), K (l_z, d_attn), V (l_z, d_mid); returns (d_mid).
     """
     alpha = torch.softmax(K @ q / math.sqrt(q.shape[-1]), dim=-1)  # (l_z)
@@ -120,11 +129,10 @@ def single_query_attention(q: Tensor, K: Tensor, V: Tensor) -> Tensor:
 
 
 def attention_weights(Q: Tensor, K: Tensor, Mask: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d_attn)) over the context, 0 where Mask is False. Source: AIAYN,
-    equation 1.
+    """alpha = softmax(Q K^T / sqrt(d_attn)) over the context, 0 where Mask is False.
 
-    Shapes: Q (..., l_x, d_attn), K (..., l_z, d_attn), Mask -> (..., l_x, l_z) bool; returns (...,
-    l_x, l_z).
+    Source: AIAYN, equation 1. A row of Mask without any True gives NaN.
+    Shapes: Q (..., l_x, d_attn), K (..., l_z, d_attn), Mask -> (..., l_x, l_z); returns the last.
     """
     S = Q @ K.transpose(-2, -1) / math.sqrt(Q.shape[-1])  # (..., l_x, l_z)
     if Mask is not None:
@@ -136,21 +144,36 @@ def attention(Q: Tensor, K: Tensor, V: Tensor, Mask: Tensor | None = None) -> Te
     """Scaled dot-product attention: softmax(Q K^T / sqrt(d_attn)) V.
 
     Source: FA, Algorithm 4, after its projections; AIAYN, equation 1.
-    Shapes: Q (..., l_x, d_attn), K (..., l_z, d_attn), V (..., l_z, d_mid), Mask -> (..., l_x, l_z)
-    bool, True = may attend; returns (..., l_x, d_mid). A row of Mask with no True gives NaN:
-    callers keep one True.
+    Shapes: as in `attention_weights`, V (..., l_z, d_mid); returns (..., l_x, d_mid).
     """
     return attention_weights(Q, K, Mask) @ V
+
+
+@dataclass
+class Context:
+    """Keys K (b, h, l_z, d_attn) and values V (b, h, l_z, d_mid), kept between decoding steps."""
+
+    K: Tensor | None = None
+    V: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.K is None else self.K.shape[2]
+
+    def append(self, K: Tensor, V: Tensor) -> None:
+        """Adds those of the next tokens."""
+        self.K = K if self.K is None else torch.cat((self.K, K), dim=2)
+        self.V = V if self.V is None else torch.cat((self.V, V), dim=2)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these of the b rows."""
+        self.K, self.V = self.K[rows], self.V[rows]
 
 
 class MHAttention(nn.Module):
     """MHAttention(X, Z | W_q, W_k, W_v, W_o, Mask) = [Y_1; ...; Y_h] W_o, with Y_i of head i.
 
+    form: one of FORMS. They differ in how they compute, not in weights or results.
     Source: FA, Algorithms 4 and 5; AIAYN, section 3.2.2.
-    Shapes: X (b, l_x, d_x), Z (b, l_z, d_z), Mask -> (b, h, l_x, l_z) bool; (b, l_x, d_out) out.
-    form: how it is computed, never what. "list" takes one head after the other, as the algorithm is
-    written, "matmul" all heads in one product, "fused" leaves `attention` to torch's kernel.
-    A row of Mask with no True is not defined: callers keep at least one position visible.
     """
 
     def __init__(
@@ -165,34 +188,51 @@ class MHAttention(nn.Module):
         for W in (self.W_q, self.W_k, self.W_v, self.W_o):
             init_linear(W)
 
-    def forward(self, X: Tensor, Z: Tensor, Mask: Tensor | None = None) -> Tensor:
-        return self.attend(X, *self.keys_values(Z), Mask)
+    def forward(
+        self, X: Tensor, Z: Tensor | None, Mask: Tensor | str | None, past: Context | None = None
+    ) -> Tensor:
+        """Attention from X (b, l_x, d_x) to Z (b, l_z, d_z); returns (b, l_x, d_out).
 
-    def keys_values(self, Z: Tensor) -> tuple[Tensor, Tensor]:
-        """K (b, h, l_z, d_attn) and V (b, h, l_z, d_mid) of a context, which decoding keeps."""
-        return self._project(Z, self.W_k), self._project(Z, self.W_v)
-
-    def attend(self, X: Tensor, K: Tensor, V: Tensor, Mask: Tensor | None = None) -> Tensor:
-        """MHAttention from X to a context whose keys and values are there already."""
-        Q = self._project(X, self.W_q)  # (b, h, l_x, d_attn)
+        Mask -> (b, h, l_x, l_z), or CAUSAL. past: the context before Z, to which Z is appended
+        unless it is None. Both may have b rows for b * k of X, then k * l_x queries to each.
+        """
+        # CUDA's flash kernel takes no explicit mask. The flag is for queries from position 0 on.
+        is_causal = isinstance(Mask, str) and self.form == "fused" and not past
+        Q, K, V = self.project(X, Z, past)
+        l_x, l_z = Q.shape[2], K.shape[2]
+        if isinstance(Mask, str):  # a single query is the last position, and sees everything
+            Mask = None if is_causal or l_x == 1 else causal_mask(l_x, l_z, X.device)
         if self.form == "fused":
-            Y = F.scaled_dot_product_attention(Q, K, V, Mask)
+            Y = F.scaled_dot_product_attention(Q, K, V, Mask, is_causal=is_causal)
         elif self.form == "matmul":
             Y = attention(Q, K, V, Mask)
         else:
             Masks = [None] * self.n_heads
             if Mask is not None:
-                Masks = Mask.expand(*Q.shape[:3], K.shape[2]).unbind(1)  # each (b, l_x, l_z)
+                Masks = Mask.expand(*Q.shape[:3], l_z).unbind(1)  # h times (b, l_x, l_z)
             heads = zip(Q.unbind(1), K.unbind(1), V.unbind(1), Masks)
             Y = torch.stack([attention(*head) for head in heads], dim=1)
-        return self.W_o(Y.transpose(1, 2).flatten(2))  # (b, h, l_x, d_mid) -> (b, l_x, d_out)
+        Y = self.W_o(Y.transpose(1, 2).flatten(2))  # (b, h, l_x, d_mid) -> (b, l_x, d_out)
+        return Y.view(*X.shape[:2], -1)
 
     def weights(self, X: Tensor, Z: Tensor, Mask: Tensor | None = None) -> Tensor:
-        """How much each position of X takes of each position of Z: (b, h, l_x, l_z)."""
-        return attention_weights(self._project(X, self.W_q), self._project(Z, self.W_k), Mask)
+        """How much each position of X attends to each of Z: (b, h, l_x, l_z)."""
+        Q, K, _ = self.project(X, Z)
+        return attention_weights(Q, K, Mask)
 
-    def _project(self, X: Tensor, W: nn.Linear) -> Tensor:
-        """(b, l, d) -> (b, h, l, d_attn or d_mid): W holds the rows of head 1, then of head 2, …"""
+    def project(
+        self, X: Tensor, Z: Tensor | None, past: Context | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Q (b, h, l_x, d_attn), K (b, h, l_z, d_attn) and V (b, h, l_z, d_mid)."""
+        past = Context() if past is None else past
+        if Z is not None:
+            K, V = self._heads(Z, self.W_k), self._heads(Z, self.W_v)
+            past.append(K, V)
+        Q = self._heads(X.reshape(past.K.shape[0], -1, X.shape[2]), self.W_q)
+        return Q, past.K, past.V
+
+    def _heads(self, X: Tensor, W: nn.Linear) -> Tensor:
+        """(b, l, d) -> (b, h, l, d_attn or d_mid). W has the rows of head 1, of head 2, ..."""
         if self.form == "list":
             heads = zip(W.weight.chunk(self.n_heads), W.bias.chunk(self.n_heads))
             return torch.stack([F.linear(X, w, c) for w, c in heads], dim=1)
@@ -203,17 +243,15 @@ class MHAttention(nn.Module):
 
 
 def init_linear(W: nn.Linear) -> None:
-    """Weights by Glorot's uniform rule, bias 0. Neither paper says how to begin; this is the usual
-    choice for both."""
+    """Glorot-uniform weights and zero bias: the usual choice; neither paper names one."""
     nn.init.xavier_uniform_(W.weight)
     nn.init.zeros_(W.bias)
 
 
 def layer_norm(X: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """(X - m) / sqrt(v + eps) * gamma + beta, with mean m and biased variance v of each token's
-    vector.
+    """(X - m) / sqrt(v + eps) * gamma + beta, with mean m and biased variance v of X's last axis.
 
-    Source: FA, Algorithm 6, with the usual eps inside the root, where FA has none.
+    Source: FA, Algorithm 6, which has no eps.
     Shapes: X (..., d), gamma (d), beta (d); returns (..., d).
     """
     m = X.mean(dim=-1, keepdim=True)  # (..., 1)
@@ -222,11 +260,7 @@ def layer_norm(X: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with learned gamma and beta, by torch's kernel, which does the same in one pass
-    over X.
-
-    Shapes: X (..., d); returns the same.
-    """
+    """`layer_norm` with learned gamma and beta, computed by torch's kernel in one pass over X."""
 
     def __init__(self, d: int, *, eps: float = 1e-5) -> None:
         super().__init__()
@@ -239,13 +273,12 @@ class LayerNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W_2 act(W_1 x + b_1) + b_2, the same at each position.
+    """W_2 act(W_1 x + b_1) + b_2, at each position alike.
 
     Source: FA, Algorithm 8 (W_mlp1 and W_mlp2, W_mlp3 and W_mlp4); AIAYN, section 3.3, equation 2.
-    Shapes: X (..., d_model); returns the same; in between (..., d_ff).
     """
 
-    def __init__(self, *, d_model: int, d_ff: int, activation: str = "relu") -> None:
+    def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.W_1 = nn.Linear(d_model, d_ff)
@@ -254,4 +287,4 @@ class FeedForward(nn.Module):
             init_linear(W)
 
     def forward(self, X: Tensor) -> Tensor:
-        return self.W_2(self.activation(self.W_1(X)))
+        return self.W_2(self.activation(self.W_1(X)))  # (..., d_model) -> d_ff -> d_model

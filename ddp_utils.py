@@ -1,15 +1,14 @@
-"""Many processes that train one model together. The only file that names torch.distributed.
+"""Many processes that train one model together. The only module that names torch.distributed.
 
-Every function here does nothing special where there is one process: there `rank` is 0 and
-`world_size` 1, a sum over ranks is the number itself, and a broadcast what was put in.
+With one process every function is a no-op: rank 0 of 1, a sum is the value itself, a broadcast
+returns what it was given.
 """
 
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -18,21 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from comp_utils import BadInput, option
+from errors import BadInput, SharedError, Stopped, StopSignals
 
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How many processes train."""
-
-    world_size: int | None = option(
-        None, "processes to start on this machine", low=1, unset="torchrun has started them"
-    )
-
-
-STORE: list[dist.Store] = []  # of the group, while there is one
-UPDATES: list[torch.cuda.Event] = []  # that a CUDA device was given
-SILENCE = timedelta(hours=2)  # that a rank may keep, as while it makes ready the data for others
+TIMEOUT = timedelta(hours=2)  # of a collective; one rank may prepare the data for all others
+THREADS_SET = "RHEA_THREADS_SET"  # set where OMP_NUM_THREADS is the launcher's or the user's choice
 
 
 def launched() -> bool:
@@ -40,44 +28,48 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def local_rank() -> int:
-    """This process's number among those of its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
-
-
-def local_world_size() -> int:
-    """Processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
-
-
 def rank() -> int:
-    """This process's number among all, from 0."""
+    """Index of this process among all, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Processes in all."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_rank() -> int:
+    """Index of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+
+
 def restarts() -> tuple[int, int]:
-    """How often the launcher has restarted the group, and how often it would at most."""
+    """How often the launcher has restarted the group, and the most restarts it allows."""
     names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
     return tuple(int(os.environ.get(name, 0)) for name in names) if launched() else (0, 0)
 
 
-THREADS_SET = "RHEA_THREADS_SET"  # in the environment where OMP_NUM_THREADS is as it should be
+# ------------------------------------------------------------------------------------------- launch
 
 
-def threads_of_one(n_processes: int) -> int:
-    """Threads for each of several processes on this machine, which share out its cores."""
-    affinity = getattr(os, "sched_getaffinity", None)  # the cores we may use, where that is known
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores // n_processes)
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def threads_per_process(n_processes: int) -> int:
+    """Threads for each of several processes on this machine, which share its cores."""
+    return max(1, usable_cores() // n_processes)
 
 
 def launch(n_processes: int, *command: str) -> int:
-    """Starts a Python program as so many processes, through torch's launcher.
+    """Starts a Python program as n processes through torch's launcher.
 
     Returns the exit status of the first that failed, or 0.
     """
@@ -85,16 +77,16 @@ def launch(n_processes: int, *command: str) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_one(n_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(n_processes)))
     os.environ[THREADS_SET] = "1"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.disable()  # of the launcher, which tells in twenty lines what the processes tell in one
+    logging.disable()  # the launcher repeats in twenty lines what the processes say in one
     try:
         run.run(run.parse_args(["--standalone", f"--nproc-per-node={n_processes}", *command]))
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            reason = f"was ended by signal {-failure.exitcode}"
+            reason = f"was killed by signal {-failure.exitcode}"
             print(f"error: process {number} of {n_processes} {reason}", file=sys.stderr)
         return max(1, failure.exitcode)
     except SignalException as error:
@@ -102,43 +94,64 @@ def launch(n_processes: int, *command: str) -> int:
     return 0
 
 
+def check_environment() -> None:
+    """Completes the launcher's variables. Raises BadInput when some are missing or no numbers."""
+    local = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
+    if local and os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1":
+        words = "not set, so one process per machine is assumed; torchrun sets it"
+        print(f"warning: {' and '.join(local)}: {words}", file=sys.stderr)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
+    problems = [
+        f"{name}: not set; start the processes with torchrun, or set it as torchrun does"
+        for name in ("MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
+    problems += [
+        f"{name} {os.environ[name]}: not a whole number; start the processes with torchrun"
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not os.environ[name].isdecimal()
+    ]
+    if problems:
+        raise BadInput(*problems)
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """The group that a launcher's environment describes; it is left whatever happens.
+    """Joins the group that a launcher's environment variables describe.
 
-    device: its kind, or "auto". NCCL joins CUDA devices, one to each process, and gloo processors.
-    Each process gets its share of the cores, for torchrun sets OMP_NUM_THREADS to 1 without a word
-    where it starts several; any other number is somebody's wish.
+    device: its kind, or "auto". NCCL connects CUDA devices, one per process; gloo connects CPUs.
+    torchrun sets OMP_NUM_THREADS to 1 when it starts several processes; here each process gets its
+    share of the cores instead, unless the variable has another value.
     """
     n_local, uses_cuda = int(os.environ["LOCAL_WORLD_SIZE"]), device in ("auto", "cuda")
     uses_cuda = uses_cuda and n_local <= torch.cuda.device_count()  # else it is refused later
-    is_torchruns = n_local > 1 and THREADS_SET not in os.environ
-    if is_torchruns and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(threads_of_one(n_local))
-    store, number, n = next(dist.rendezvous("env://", timeout=SILENCE))
+    set_by_torchrun = n_local > 1 and THREADS_SET not in os.environ
+    if set_by_torchrun and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(threads_per_process(n_local))
+    store, number, n = next(dist.rendezvous("env://", timeout=TIMEOUT))
     own = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if uses_cuda else None
     if own:
-        torch.cuda.set_device(own)  # before the group starts, or all would meet on the first
-    # A restarted group may find the store of the one before, and must not take its addresses.
-    store = dist.PrefixStore(f"start {restarts()[0]}", store)
+        torch.cuda.set_device(own)  # before the group starts, or all processes use device 0
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if uses_cuda else "gloo",
-        store=dist.PrefixStore("group", store),
+        # A restarted group may find the store of the previous one and must not use its addresses.
+        store=dist.PrefixStore(f"start {restarts()[0]}", store),
         rank=number,
         world_size=n,
-        timeout=SILENCE,
+        timeout=TIMEOUT,
         device_id=own,
     )
-    STORE.append(store)
     try:
         yield
     except Exception as error:
         error.add_note(f"in rank {number} of {n}")
         raise
     finally:
-        STORE.clear()
-        UPDATES.clear()
         dist.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------- collectives
 
 
 def sum_across_ranks(values: Tensor) -> Tensor:
@@ -149,7 +162,7 @@ def sum_across_ranks(values: Tensor) -> Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Rank 0's value, on every rank. For small objects; use `broadcast_tensors` for tensors."""
     if world_size() == 1:
         return value
     box = [value]
@@ -157,15 +170,15 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def broadcast_weights(model: nn.Module) -> None:
-    """Gives every rank the weights of rank 0."""
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Overwrites the tensors of every rank with those of rank 0."""
     if world_size() > 1:
-        for p in model.parameters():
-            dist.broadcast(p.detach(), 0)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all ranks in their order, on every rank."""
+    """The values of all ranks in order, on every rank."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -173,39 +186,54 @@ def gather(value: Any) -> list[Any]:
     return box
 
 
-class SharedError(BadInput):
-    """What is wrong on some rank, raised on all."""
+def share_problem(lines: tuple[str, ...] | None) -> None:
+    """Raises SharedError on every rank if any has a problem. lines: of this rank's BadInput."""
+    for number, problem in enumerate(gather(lines)):
+        if problem:
+            raise SharedError(*(f"rank {number}: {line}" if number else line for line in problem))
 
 
-def agreed(function: Callable[[], Any]) -> Any:
-    """function() on every rank; what is BadInput to one is raised on all."""
-    value, problem = None, None
+@contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """A BadInput raised in the block on one rank is raised on all of them."""
+    lines = None
     try:
-        value = function()
+        yield
     except BadInput as error:
         if world_size() == 1:
             raise
-        problem = error.lines
-    for number, lines in enumerate(gather(problem)):
-        if lines:
-            raise SharedError(*(f"rank {number}: {line}" if number else line for line in lines))
-    return value
+        lines = error.lines
+    share_problem(lines)
 
 
-def by_rank_0(function: Callable[[], Any]) -> Any:
-    """function() of rank 0, on every rank."""
-    return broadcast(agreed(lambda: function() if rank() == 0 else None))
+def broadcast_from_rank_zero(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), called by rank 0 alone; its result or its BadInput reaches every rank."""
+    value = None
+    with raise_on_all_ranks():
+        if rank() == 0:
+            value = function(*args)
+    return broadcast(value)
 
 
-def one_before_others(function: Callable[[], Any]) -> Any:
-    """function() on every rank, first on one of each machine, whose files the others then find."""
-    first = agreed(lambda: function() if local_rank() == 0 else None)
-    rest = agreed(lambda: function() if local_rank() > 0 else None)
-    return first if local_rank() == 0 else rest
+@contextmanager
+def local_rank_zero_first() -> Iterator[None]:
+    """The block runs on one rank of each machine first, whose files the others then find.
+
+    A BadInput raised in the block on one rank is raised on all of them.
+    """
+    if world_size() > 1 and local_rank() > 0:
+        share_problem(None)  # waits for the first to leave the block
+    with raise_on_all_ranks():
+        yield
+    if world_size() > 1 and local_rank() == 0:
+        share_problem(None)  # waits for the others
+
+
+# ----------------------------------------------------------------------------------------- training
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model whose backward pass averages the gradients of all ranks while it goes on."""
+    """The model whose backward pass averages the gradients of all ranks."""
     if world_size() == 1:
         return model
     return DistributedDataParallel(
@@ -217,35 +245,34 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def defer_sync(model: nn.Module, *, last: bool) -> AbstractContextManager:
-    """Inside it, forward and backward pass, gradients are added up here alone; not in the last
-    micro-batch of an update."""
+    """Forward and backward passes in the block add up gradients on this rank alone; not in the last
+    micro-batch of a step, whose backward pass sends the sums."""
     return nullcontext() if last or world_size() == 1 else model.no_sync()
 
 
-def agree_to_stop(wanted: bool, step: int) -> bool:
-    """Whether all ranks stop after this update; wanted: whether this one was asked to.
+def stop_agreed(received: int, flag: Tensor | None) -> bool:
+    """Whether all ranks stop after the step that was just started.
 
-    Who is asked names the second update from here, for others may have begun the next. None can end
-    that next one without all, and whoever has ended it can read the name.
+    received: the signal that this rank received, or 0. flag: () of the step before, the signals of
+    all ranks as summed by that step; None at the first step. All ranks read the same sum after the
+    same step, so none takes a step more than another. Reading it waits for the step before, not for
+    the one just started, which keeps the device busy. One process needs no agreement.
     """
     if world_size() == 1:
-        return wanted
-    if dist.get_backend_config().find("nccl") >= 0:  # a CUDA device may be far behind its process
-        UPDATES.append(torch.cuda.Event())
-        UPDATES[-1].record()
-        if len(UPDATES) > 1:  # the last update stays under way, for the device to have work
-            UPDATES.pop(0).synchronize()
-    store, key = STORE[0], "stop after update"
-    if not store.check([key]):
-        if wanted:
-            store.compare_set(key, "", str(step + 2))
-        return False
-    return step >= int(store.get(key))
+        return bool(received)
+    return flag is not None and flag.item() > 0
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether the reason for an error is that another rank has gone."""
-    words = ("gloo", "peer", "NCCL", "Connection reset", "Broken pipe", "store")
+def raise_if_stopped(signals: StopSignals) -> None:
+    """Raises Stopped on all ranks if any of them received a signal."""
+    received = max(gather(signals.received))
+    if received:
+        raise Stopped(received)
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a collective failed: another rank has ended, or the connection cannot be made."""
+    words = ("gloo", "NCCL", "Connection reset by peer", "Connection closed by peer", "Broken pipe")
     return world_size() > 1 and (
         isinstance(error, dist.DistError) or any(word in str(error) for word in words)
     )

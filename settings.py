@@ -1,64 +1,30 @@
-"""What a command line means: options, recipes, workloads, and what a run's folder keeps of them."""
+"""From a command line to options: the parser, recipes and workloads, and what a run fixes."""
 
 import argparse
 import difflib
 import typing
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from comp_utils import BadInput, allowed, flag, limit_problem, option
-from data import DataConfig, TokenizerConfig, trains_tokenizer
-from decoding import DecodingConfig
-from measure import MeasureConfig
-from models import SIZES, ModelConfig
-from procedures import TrainingConfig, paper_lr
-from run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run takes place, and where it is kept."""
-
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option(
-        "fp32", "of matrix products; weights stay in fp32", choices=("fp32", "bf16", "fp16")
-    )
-    tf32: bool = option(False, "let CUDA multiply fp32 matrices with 10 bits of mantissa")
-    deterministic: bool = option(
-        False, "take kernels that give the same digits each time, on CUDA slower ones"
-    )
-    compile: bool = option(False, "let torch.compile make kernels for this model first")
-    seed: int = option(0, "of weights, dropout, batch order", low=0, below=2**63)
-    run_dir: str | None = option(None, "folder of the run", unset="runs/DATASET/TIME")
-    resume: bool = option(False, "go on with the run in --run-dir from its last checkpoint")
-    overwrite: bool = option(False, "take the place of a run that --run-dir holds")
-
-
-@dataclass(frozen=True)
-class UseConfig:
-    """What to do with a trained model, instead of training one."""
-
-    test_only: bool = option(False, "test the model of --run-dir again")
-    predict: str | None = option(
-        None, "file, or - for standard input, of which each line is classified or translated"
-    )
-
-
-@dataclass(frozen=True)
-class SizeConfig:
-    """The named size that the other model options start from."""
-
-    model: str = option(
-        "tiny",
-        "; ".join(
-            f"{name}: {c.n_layers}+{c.n_layers} layers of {c.d_model}/{c.d_ff}, {c.n_heads} heads"
-            for name, c in SIZES.items()
-        ),
-        choices=tuple(SIZES),
-    )
-
+from config import (
+    SIZES,
+    DataConfig,
+    DecodingConfig,
+    MeasureConfig,
+    ModelConfig,
+    RunConfig,
+    SizeConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    UseConfig,
+    format_flag,
+    limit_problem,
+)
+from errors import BadInput
+from optimization import paper_lr
+from tokenization import trains_tokenizer
 
 Groups = dict[str, tuple[type, ...]]  # settings classes by the title that --help gives them
 GROUPS: Groups = {
@@ -67,11 +33,11 @@ GROUPS: Groups = {
     "tokenizer": (TokenizerConfig,),
     "model": (SizeConfig, ModelConfig),
     "training": (TrainingConfig,),
-    "use": (UseConfig, DecodingConfig),
+    "use a model": (UseConfig, DecodingConfig),
     "measure": (MeasureConfig,),
 }
 
-# The best settings known for an embedded data set, found on its training and validation splits.
+# The best settings known for an embedded data set, chosen on its training and validation splits.
 # They are also the defaults for other data of the same task.
 RECIPES: dict[str, dict[str, Any]] = {
     "rotten_tomatoes": {
@@ -101,7 +67,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "average_checkpoints": 5,
     },
 }
-# What --workload names: settings that do not change, for machines to be compared by.
+# What --workload names: settings that never change, to compare machines by.
 WORKLOADS: dict[str, dict[str, Any]] = {
     "original": {
         "dataset": "rotten_tomatoes",
@@ -119,39 +85,44 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "translation": {"dataset": "libreoffice_help", **RECIPES["libreoffice_help"]},
 }
 RECIPE_OF_TASK = {RECIPES[name]["task"]: name for name in reversed(RECIPES)}
+EXAMPLES = """examples:
+  python main.py                                                  train on the embedded reviews
+  python main.py --dataset reviews.csv --run-dir runs/mine        train on a file of your own
+  python main.py --resume --run-dir runs/mine                     continue a run that was stopped
+  python main.py --run-dir runs/mine --predict new.txt            use the model
+  python main.py --workload original --benchmark 20 --run-dir runs/here"""
 
-# What may be said anew when a trained model is used; everything else is the run's own.
-FREE_IN_USE = {"run_dir", "device", "precision", "num_workers", "batch_size", "batch_tokens"}
-FREE_IN_USE |= {f.name for config in (UseConfig, DecodingConfig) for f in fields(config)}
-BUDGETS = {"batch_size", "batch_tokens"}  # one of the two says how large a batch is
-FREE_IN_TEST = {"dataset", "dataset_config", "source_column", "target_column"}
-# What may not be said anew when a run is resumed, for it would be another run. The data may have
-# been moved: whether they are the same, their fingerprint tells.
-SETTLED = {
-    f.name
-    for config in (DataConfig, TokenizerConfig, SizeConfig, ModelConfig)
-    for f in fields(config)
-} | {"seed"}
-SETTLED -= {"dataset", "num_workers", "dropout", "attention"}
+COMMANDS = ("compare", "check_device", "benchmark", "test_only", "predict")  # instead of training
+BATCH_LIMITS = {"batch_size", "batch_tokens"}  # one of the two limits a batch
 
 
-# The options that ask for something other than to train.
-INSTEAD = ("compare", "check_device", "benchmark", "test_only", "predict")
+def field_names(*configs: type) -> set[str]:
+    """The options of some settings classes."""
+    return {f.name for config in configs for f in fields(config)}
 
 
-# ------------------------------------------------------------------------------------------ options
+# Options that may be given when a trained model is used; the run has settled all others.
+INFERENCE_OPTIONS = {"run_dir", "device", "precision", "num_workers", *BATCH_LIMITS}
+INFERENCE_OPTIONS |= field_names(UseConfig, DecodingConfig)
+TEST_OPTIONS = {"dataset", "dataset_config", "source_column", "target_column"}
+# Options that cannot change on --resume. The data may move: their fingerprint identifies them.
+FIXED_ON_RESUME = field_names(DataConfig, TokenizerConfig, SizeConfig, ModelConfig) | {"seed"}
+FIXED_ON_RESUME -= {"dataset", "num_workers", "dropout", "attention"}
+
+
+# ------------------------------------------------------------------------------------------- parser
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says what is wrong in one line, as all of this program does."""
+    """An ArgumentParser that raises BadInput, as the rest of the program does."""
 
     def error(self, message: str) -> typing.NoReturn:
         """Called by argparse."""
-        raise BadInput(message)
+        raise BadInput(f"{message}; see --help")
 
 
 def option_fields(groups: Groups = GROUPS) -> dict[str, Any]:
-    """The dataclass field behind each option, by name."""
+    """The dataclass field of each option, by name."""
     return {f.name: f for group in groups.values() for config in group for f in fields(config)}
 
 
@@ -161,52 +132,66 @@ def kind_of(f: Any) -> type:
     return typing.get_origin(kind) or kind
 
 
+def add_option(group: Any, f: Any, default: Any) -> None:
+    """Adds the flag of a field to a group of a parser. default: what --help shows."""
+    kind, name, limits = kind_of(f), format_flag(f.name), f.metadata
+    text = limits["help"].replace("%", "%%")
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if limits.get("negatable") else "store_true"
+        shown = f" (default: {'yes' if default else 'no'})" if limits.get("negatable") else ""
+        group.add_argument(name, action=action, help=text + shown)
+    elif limits.get("many"):
+        group.add_argument(name, metavar="RECORD", nargs="+", help=text)
+    else:
+        metavar = {int: "N", float: "X"}.get(kind, f.name.split("_")[-1].upper())
+        metavar = limits.get("metavar", metavar)
+        if "choices" in limits:
+            metavar = "{" + ",".join(limits["choices"]) + "}"
+        default = limits.get("unset") if default is None else default
+        shown = f" (default: {default})" if default is not None else ""
+        group.add_argument(name, metavar=metavar, help=text + shown)
+
+
 def build_parser(groups: Groups = GROUPS) -> Parser:
     """One flag for each field of the settings classes; a flag that is not given is absent."""
-    defaults = vars(resolve({}))
     parser = Parser(
-        description="Trains the Transformer of Attention Is All You Need, and tests it. Defaults "
-        f"are those of {defaults['dataset']}; another data set has its own, or those of its task.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+        usage="%(prog)s [options]",
+        description="Trains and tests the Transformer of Attention Is All You Need. Without "
+        "options: on embedded movie reviews, on the best device of this machine. The defaults "
+        f"below are those of {DataConfig.dataset} and of your own labelled sentences; "
+        "libreoffice_help and --task translation have others, which config.json of a run lists.",
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=100),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    defaults = vars(resolve({})) | {"model": "the sizes below"}
     for title, configs in groups.items():
         group = parser.add_argument_group(title)
         for f in (f for config in configs for f in fields(config)):
-            text = f.metadata["help"].replace("%", "%%")
-            if kind_of(f) is bool:
-                negatable = f.metadata.get("negatable")
-                action = argparse.BooleanOptionalAction if negatable else "store_true"
-                group.add_argument(flag(f.name), action=action, help=text)
-                continue
-            default = defaults.get(f.name)
-            default = f.metadata.get("unset", "none") if default is None else default
-            limits = f"; {allowed(f.metadata)}" if allowed(f.metadata) else ""
-            kind = kind_of(f).__name__.upper()
-            if f.metadata.get("many"):
-                group.add_argument(flag(f.name), metavar="RECORD", nargs="+", help=text)
-                continue
-            metavar = {"INT": "N", "FLOAT": "X", "STR": f.name.split("_")[-1].upper()}[kind]
-            group.add_argument(
-                flag(f.name), metavar=metavar, help=f"{text}{limits} (default: {default})"
-            )
+            add_option(group, f, defaults.get(f.name))
     return parser
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps the help of options, and leaves the examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text == EXAMPLES:
+            return text
+        return super()._fill_text(text, width, indent)
 
 
 def parse_args(
     argv: list[str] | None = None, groups: Groups = GROUPS
 ) -> tuple[dict[str, Any], list[str]]:
-    """The options given, by field name in their own types, and a line for each that cannot be."""
+    """The options given, by field name in their own types, and a line for each that is invalid.
+
+    Raises BadInput at once if there is an option that does not exist: what it meant is unknown.
+    """
     known = option_fields(groups)
     namespace, unknown = build_parser(groups).parse_known_args(argv)
     given, problems = {}, []
-    for i, word in enumerate(unknown):
-        name = word.split("=")[0]
-        near = difflib.get_close_matches(name, [flag(other) for other in known], 1)
-        hint = f"did you mean {near[0]}?" if near else "see --help"
-        if name.startswith("-") or not unknown[max(0, i - 1)].startswith("-"):
-            problems.append(f"{name}: no such option; {hint}")
     for name, text in vars(namespace).items():
         f, kind = known[name], kind_of(known[name])
         try:
@@ -215,12 +200,45 @@ def parse_args(
                 raise ValueError
         except ValueError:
             wanted = {int: "a whole number", float: "a number", str: "a name"}[kind]
-            problems.append(f"{flag(name)} {text}: give {wanted}")
+            problems.append(f"{format_flag(name)} {text}: give {wanted}")
             continue
         problem = limit_problem(name, value, f.metadata, text)
         given |= {} if problem else {name: value}
         problems += [problem] if problem else []
+    misspelled = unknown_options(unknown, known)
+    if misspelled:
+        raise BadInput(*misspelled, *problems)
     return given, problems
+
+
+def unknown_options(words: list[str], known: dict[str, Any]) -> list[str]:
+    """A line for each option or bare word that argparse did not recognize."""
+    flags = [format_flag(name) for name in known]
+    flags += [format_flag(f"no_{name}") for name, f in known.items() if f.metadata.get("negatable")]
+    lines, before = [], ""
+    for word in words:
+        name = word.split("=")[0]
+        if name.startswith("-"):
+            near = near_flags(name, flags)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+            lines.append(f"{name}: no such option; {hint}")
+        elif not before.startswith("-") or "=" in before:  # else it is the value of that option
+            hint = "run main.py without options to train and test, or see --help"
+            if Path(word).exists():
+                hint = f"to train on it, give --dataset {word}"
+            lines.append(f"{word}: not an option; {hint}")
+        before = word
+    return lines
+
+
+def near_flags(name: str, flags: list[str]) -> list[str]:
+    """The flags that a misspelled or shortened one may stand for; none if none is near."""
+    name = name.lower().replace("_", "-")
+    longer = [flag for flag in flags if len(name) > 4 and flag.startswith(name)]
+    return longer[:3] or difflib.get_close_matches(name, flags, 1, 0.8)
+
+
+# ------------------------------------------------------------------------------------------ options
 
 
 def resolve(given: dict[str, Any]) -> SimpleNamespace:
@@ -232,8 +250,8 @@ def resolve(given: dict[str, Any]) -> SimpleNamespace:
     recipe = (
         workload or RECIPES.get(dataset) or RECIPES[RECIPE_OF_TASK.get(task, defaults["dataset"])]
     )
-    replaced = set(BUDGETS) if BUDGETS & given.keys() else set()
-    if "model" in given:  # a size asked for by name is that size whole, without a recipe's changes
+    replaced = set(BATCH_LIMITS) if BATCH_LIMITS & given.keys() else set()
+    if "model" in given:  # a size asked for by name is that whole size, without a recipe's changes
         replaced |= asdict(ModelConfig()).keys()
     recipe = {name: value for name, value in recipe.items() if name not in replaced}
     size = SIZES.get(given.get("model", recipe.get("model", defaults["model"])), ModelConfig())
@@ -243,69 +261,77 @@ def resolve(given: dict[str, Any]) -> SimpleNamespace:
     return options
 
 
-def spelled(name: str, value: Any) -> str:
-    """An option as the command line has it: --lr 0.1, --lowercase or --no-lowercase."""
+def format_option(name: str, value: Any) -> str:
+    """An option as on the command line: --lr 0.1, --lowercase or --no-lowercase."""
     if isinstance(value, bool):
-        return flag(name if value else f"no_{name}")
-    return f"{flag(name)} {value}"
+        return format_flag(name if value else f"no_{name}")
+    return f"{format_flag(name)} {value}"
 
 
-def part(config: type, options: SimpleNamespace) -> Any:
-    """The settings object of one class, cut out of all options."""
+def extract_config(config: type, options: SimpleNamespace) -> Any:
+    """The settings object of one class, from all options."""
     return config(**{f.name: getattr(options, f.name) for f in fields(config)})
 
 
-def check(
-    options: SimpleNamespace,
-    given: dict[str, Any],
-    problems: list[str],
-    *questions: Callable[[], Any],
-) -> list[Any]:
-    """The answers to questions, or BadInput with all problems: those there are, and those found.
-
-    problems: of options whose values cannot be; in options they have their defaults.
-    """
-    configs = [part(config, options) for group in GROUPS.values() for config in group]
-    problems = problems + [p for c in configs if hasattr(c, "problems") for p in c.problems()]
+def option_problems(options: SimpleNamespace, given: dict[str, Any]) -> list[str]:
+    """A line for each combination of options that cannot work."""
+    configs = [extract_config(config, options) for group in GROUPS.values() for config in group]
+    problems = [line for c in configs if hasattr(c, "problems") for line in c.problems()]
     if options.overwrite and options.run_dir is None:
-        problems.append("--overwrite: say which run to replace with --run-dir")
-    if not trains_tokenizer(part(TokenizerConfig, options), options.dataset):
+        problems.append("--overwrite: name the run to replace with --run-dir")
+    if not trains_tokenizer(extract_config(TokenizerConfig, options), options.dataset):
         problems += [
-            f"{flag(name)} {given[name]}: is for a new tokenizer; add --train-tokenizer"
+            f"{format_flag(name)} {given[name]}: applies to a new tokenizer; add --train-tokenizer"
             for name in ("vocab_size", "lowercase")
             if name in given
         ]
-    answers = []
-    for question in questions:
-        try:
-            answers.append(question())
-        except BadInput as error:
-            problems += error.lines
-    if problems:
-        raise BadInput(*problems)
-    return answers
+    return problems
 
 
-def saved_options(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
-    """The options in a run's config.json. Raises BadInput if this version does not write such."""
-    saved, known = config["options"], option_fields()
-    wrong = sorted(saved.keys() ^ known.keys())
-    for name in saved.keys() & known.keys():
-        kind, value, limits = kind_of(known[name]), saved[name], known[name].metadata
-        if value is None and known[name].default is None:
-            continue
-        if limits.get("many"):
-            wrong.append(name)
-            continue
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        fits = fits and isinstance(value, bool) == (kind is bool)
-        fits = fits and not (isinstance(value, int) and abs(value) >= 2**63)
-        if not fits or limit_problem(name, value, limits, str(value)):
-            wrong.append(name)
-    if wrong:
+def command_problems(given: dict[str, Any], commands: list[str]) -> list[str]:
+    """A line for each option that does not belong to the command, or for two commands."""
+    problems = []
+    if len(commands) > 1:
+        problems.append(f"{' and '.join(map(format_flag, commands))}: give one of them")
+    if "resume" in given and commands:
+        problems.append(f"--resume and {format_flag(commands[0])}: give one of the two")
+    if "resume" in given and "overwrite" in given:
+        problems.append("--resume and --overwrite: give one of the two")
+    if "compare" not in given:
+        problems += [
+            f"{format_flag(name)}: only with --compare; add it, or leave this out"
+            for name in ("figure", "allow_different_work")
+            if name in given
+        ]
+    if "label" in given and "benchmark" not in given:
+        problems.append("--label: only with --benchmark; add it, or leave this out")
+    allowed = {
+        "compare": {"compare", "figure", "allow_different_work"},
+        "predict": INFERENCE_OPTIONS - {"num_workers", "bleu_tokenize"},
+        "test_only": INFERENCE_OPTIONS | TEST_OPTIONS,
+        "check_device": option_fields().keys() - {"run_dir", "overwrite"},
+    }
+    for command in commands[:1]:
+        problems += [
+            f"{format_option(name, given[name])}: not for {format_flag(command)}; leave it out"
+            for name in given
+            if name not in allowed.get(command, given) and name not in ("resume", *commands)
+        ]
+    return problems
+
+
+def saved_options(config: dict[str, Any], path: Any) -> dict[str, Any]:
+    """The options in a run's config.json; an option that is not there has its default.
+
+    Raises BadInput for an option that this version does not have.
+    """
+    known = option_fields()
+    unknown = sorted(config["options"].keys() - known.keys())
+    if unknown:
         raise BadInput(
-            f"{folder.path / folder.CONFIG}: {', '.join(wrong)} is not as this version of rhea "
-            "writes it; use the version that made the run, or train anew"
+            f"{path}: unknown option {', '.join(unknown)}; use the version of rhea that made the "
+            "run, or train again"
         )
-    anew = {"resume", "overwrite", *INSTEAD}
-    return {**saved, **{name: known[name].default for name in anew}}
+    defaults = {name: f.default for name, f in known.items()}
+    for_this_call = {"resume", "overwrite", *COMMANDS}
+    return {**defaults, **config["options"], **{name: defaults[name] for name in for_this_call}}

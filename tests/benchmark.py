@@ -1,9 +1,9 @@
-"""Speed against others on the same work, in turn and in one run, so that a slow hour hits both.
+"""Speed compared with others on equal work, in turn and in one run, on the same machine.
 
-python tests/benchmark.py train [options of main.py]   one update, against torch.nn.Transformer
-python tests/benchmark.py decode RUN_DIR               greedy search, against no cache
-python tests/benchmark.py generate RUN_DIR             greedy and beam search, against transformers
-python tests/benchmark.py processes [options of main.py]   two processes, against one (on Linux)
+python tests/benchmark.py train [options of main.py]   one step, with torch.nn.Transformer
+python tests/benchmark.py decode RUN_DIR               greedy search, with and without a cache
+python tests/benchmark.py generate RUN_DIR             greedy and beam search, with transformers
+python tests/benchmark.py processes [options of main.py]   two processes, with one (on Linux)
 Each figure is the median of all rounds, with the least and the greatest.
 """
 
@@ -23,26 +23,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from kill_ranks import PROJECT, Launched, launched
+from processes import PROJECT, Launched, launched
 from torch import Tensor, nn
 
-import main
+import jobs
 import settings
 from comp_utils import autocast, grad_scaler, set_seed
 from components import sinusoids
-from data import (
-    DataConfig,
-    TextCodec,
-    TextData,
-    TokenizerConfig,
-    get_tokenizer,
-    load_splits,
-    read_tokenizer,
-)
+from config import DataConfig, ModelConfig
+from data import TextData
 from decoding import EXTRA_LENGTH, beam_search, greedy
-from models import ModelConfig
-from procedures import build_optimizer, train_step
+from optimization import build_optimizer, train_step
 from run_folder import RunFolder
+from splits import load_splits
+from tokenization import TextCodec
 
 CPU = torch.device("cpu")
 ROUNDS, BATCHES, SENTENCES = 5, 12, 1000
@@ -66,6 +60,12 @@ class TorchTransformer(nn.Module):
             nn.TransformerDecoderLayer(*sizes, batch_first=True), n
         )
         self.dropout = nn.Dropout(config.dropout)
+        # The paper drops sub-layer outputs alone; torch.nn also drops attention weights and
+        # feed-forward activations, which is more work.
+        for layer in (*self.encoder.layers, *self.decoder.layers):
+            layer.dropout.p = layer.self_attn.dropout = 0.0
+        for layer in self.decoder.layers:
+            layer.multihead_attn.dropout = 0.0
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.dropout(self.embedding(ids) * self.scale + self.PE[: ids.shape[1]])
@@ -108,15 +108,12 @@ def train(argv: list[str]) -> None:
     """Tokens of source and target in a second of training, ours and torch.nn's."""
     given, problems = settings.parse_args(argv)
     options = settings.resolve(given)
-    settings.check(options, given, problems)
+    jobs.raise_problems(problems + settings.option_problems(options, given))
     set_seed(options.seed)
-    config = settings.part(DataConfig, options)
-    splits = load_splits(config)
-    tokenizer, sides = settings.part(TokenizerConfig, options), ["source", "target"]
-    codec = get_tokenizer(tokenizer, options.dataset, splits["train"], sides)
-    data = TextData(config, splits, codec, None)
+    data, _ = jobs.load_data(options)
+    codec = data.codec
     plan = data.plan("train", seed=options.seed, epoch=1)[:BATCHES]
-    batches = list(data.batches("train", plan, CPU))
+    batches = list(data.load("train", plan, CPU))
     n_tokens = sum(batch.n_tokens for batch in batches)
 
     def work(model: nn.Module) -> Callable[[], float]:
@@ -134,10 +131,10 @@ def train(argv: list[str]) -> None:
 
         return epoch
 
-    ours = main.build_model(options, codec, None)
+    ours = jobs.build_model(options, codec, None)
     length = options.max_length + EXTRA_LENGTH
     sizes = {"n_vocab": codec.n_vocab, "max_len": length, "pad_id": codec.pad_id}
-    theirs = TorchTransformer(settings.part(ModelConfig, options), **sizes)
+    theirs = TorchTransformer(settings.extract_config(ModelConfig, options), **sizes)
     print(f"{torch.get_num_threads()} threads, {BATCHES} batches, {n_tokens:,} tokens")
     in_turn({"rhea": work(ours), "torch.nn.Transformer": work(theirs)}, "tokens/s")
 
@@ -146,7 +143,7 @@ def train(argv: list[str]) -> None:
 def greedy_without_cache(
     model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int, keeps_memory: bool
 ) -> list:
-    """procedures.greedy with the whole prefix through the decoder for each token.
+    """decoding.greedy with the whole prefix through the decoder for each token.
 
     keeps_memory: the encoder runs once, and only the last position goes through the unembedding.
     """
@@ -172,16 +169,12 @@ def greedy_without_cache(
 
 def load_run(run_dir: str, batch_size: int) -> tuple[nn.Module, TextCodec, list[Tensor]]:
     """The translator of a run, its codec, and sentences of its test split in batches."""
-    folder = RunFolder.find(run_dir)
-    options = main.SimpleNamespace(**settings.saved_options(folder, folder.read_config()))
-    codec = read_tokenizer(str(folder.path / folder.TOKENIZER))
-    model = main.build_model(options, codec, None).eval()
-    folder.load_weights(model)
-    options.batch_size, options.batch_tokens = batch_size, None
-    config = settings.part(DataConfig, options)
-    data = TextData(config, load_splits(config, ["test"]), codec, None)
-    batches = [batch.src for batch in data.batches("test", data.plan("test"), CPU)]
-    return model, codec, batches[: SENTENCES // batch_size + 1]
+    given = {"run_dir": run_dir, "test_only": True, "batch_size": batch_size, "device": "cpu"}
+    job, _ = jobs.load_job(given, [])
+    config = settings.extract_config(DataConfig, job.options)
+    data = TextData(config, load_splits(config, ["test"]).tables, job.codec, None)
+    batches = [batch.src for batch in data.load("test", data.plan("test"), CPU)]
+    return job.model.eval(), job.codec, batches[: SENTENCES // batch_size + 1]
 
 
 def decode(run_dir: str) -> None:
@@ -301,9 +294,9 @@ def generate(run_dir: str) -> None:
 
 
 def run_speed(events: list[dict], n_tokens: list[int]) -> float:
-    """Tokens in a second of a run's updates, without what was measured along with the first.
+    """Tokens in a second of a run's steps, without what was measured along with the first.
 
-    events: of the updates, which share a speed where they were measured together.
+    events: of the steps, which share a speed where they were measured together.
     n_tokens: of each update.
     """
     groups = [[*group] for _, group in groupby(events, key=itemgetter("tokens_per_second"))]
@@ -315,22 +308,22 @@ def run_speed(events: list[dict], n_tokens: list[int]) -> float:
 
 
 def processes(argv: list[str]) -> None:
-    """Tokens in a second of two processes, each of whose updates is two micro-batches, and of one
-    that makes twice as many updates of one: the same micro-batches.
+    """Tokens in a second of two processes, each of whose steps is two micro-batches, and of one
+    that makes twice as many steps of one: the same micro-batches.
 
-    --max-steps: updates of the two. Two runs at once that know nothing of each other show what is
+    --max-steps: steps of the two. Two runs at once that know nothing of each other show what is
     left when none waits for the other: the same processors, memory and caches are shared.
     """
     options = settings.resolve(settings.parse_args(argv)[0])
-    data = main.load_data(options, None)
+    data, _ = jobs.load_data(options)
     n = options.max_steps or 6
     plan = data.plan("train", seed=options.seed, epoch=1)[: 2 * n]
-    n_tokens = [data.count("train", rows)[1] for rows in plan]
+    n_tokens = data.sizes("train", plan).n_tokens.tolist()
     of_two = [sum(pair) for pair in zip(n_tokens[::2], n_tokens[1::2])]
     n_parameters: set[int] = set()
 
     def speed(program: list[str], threads: int, counts: list[int], at_once: int = 1) -> float:
-        """The speed of fresh runs, which are ended when the last update is written down."""
+        """The speed of fresh runs, which are ended when the last step is written down."""
         with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
             folders = [Path(name, str(i)) for i in range(at_once)]
             command = [sys.executable, PROJECT / program[0], *program[1:], *argv]
@@ -356,12 +349,12 @@ def processes(argv: list[str]) -> None:
     together, _, _, apart = speeds.values()
     share = 1 - statistics.median(a / b for a, b in zip(together, apart))
     n_bytes = 2 * (2 - 1) / 2 * 4 * n_parameters.pop()  # a ring of 2 sends each gradient once
-    print(f"gradients that a process sends in an update: {n_bytes / 1e6:,.1f} MB")
+    print(f"gradients that a process sends in a step: {n_bytes / 1e6:,.1f} MB")
     print(f"share of a step for sending, and waiting for the other: {share:.1%}")
 
 
 def steps_of(group: Launched, folder: Path, n: int) -> list[dict]:
-    """The updates that a run wrote down, once there are n."""
+    """The steps that a run wrote down, once there are n."""
     path = folder / "run" / RunFolder.METRICS
     while True:
         lines = path.read_text().splitlines(True) if path.exists() else []

@@ -1,41 +1,41 @@
-"""Kills trainings at random moments, and holds what they come to against trainings left alone.
+"""Kills trainings at random moments and compares their results with those of unbroken trainings.
 
 python tests/kill.py --kills 50
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PROJECT = Path(__file__).resolve().parent.parent
+import torch
+from helpers import without_times
+from processes import WAIT_LIMIT, Forked, run_main
+
 SMALL = (
     "--device cpu --model tiny --n-layers 1 --d-model 16 --d-ff 16 --n-heads 2 --vocab-size 300 "
     "--lr 3e-3 --warmup-steps 5 --schedule linear --dropout 0.3 --average-checkpoints 3"
 )
-# By task; each updates more than once between two validations, and not a whole number of times
-# between two checkpoints.
+# By task; an epoch has 5 steps, not a multiple of the steps between two checkpoints.
 COMMANDS = {
     "classification": f"{SMALL} --batch-size 16 --accumulate 2 --r-drop 1 --checkpoint-every 1",
     "translation": f"{SMALL} --task translation --source-column in --target-column out "
     "--batch-tokens 192 --max-length 32 --precision bf16 --checkpoint-every 2 --beam-size 1",
 }
-DATA = {"classification": "reviews", "translation": "turned"}
+DATA = {"classification": "reviews", "translation": "reversed"}
 
 
 def write_data(folder: Path) -> None:
-    """Two small data sets: what kind of film it was, and lines turned round."""
+    """Two small data sets: reviews, and lines with the same letters in reverse."""
     draw = random.Random(0)
-    (folder / "reviews").mkdir(parents=True)
-    (folder / "turned").mkdir()
+    for name in DATA.values():
+        (folder / name).mkdir(parents=True)
     words = ["the", "a", "film", "story", "of", "with", "actors", "plot", "year", "man", "house"]
     for split, n in (("train", 150), ("validation", 20), ("test", 20)):
         rows = []
@@ -47,19 +47,13 @@ def write_data(folder: Path) -> None:
         rows = [draw.choices("abcdefgh", k=draw.randint(2, 9)) for _ in range(n)]
         for side, step in (("in", 1), ("out", -1)):
             text = "".join(" ".join(row[::step]) + "\n" for row in rows)
-            (folder / "turned" / f"{split}.{side}").write_text(text)
+            (folder / "reversed" / f"{split}.{side}").write_text(text)
 
 
 def command(task: str, data: Path, run: Path | str, *more: object) -> list[str]:
     """The options of one run."""
     options = [*COMMANDS[task].split(), "--dataset", data / DATA[task], "--run-dir", run, *more]
     return [str(option) for option in options]
-
-
-def start(argv: list[str], **more) -> subprocess.Popen:
-    """Begins a real run."""
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, **more}
-    return subprocess.Popen([sys.executable, str(PROJECT / "main.py"), *argv], **pipes)
 
 
 def checkpoint_id(run: Path) -> tuple | None:
@@ -71,21 +65,23 @@ def checkpoint_id(run: Path) -> tuple | None:
     return stat.st_ino, stat.st_mtime_ns
 
 
-def kill_somewhere(process: subprocess.Popen, run: Path, draw: random.Random) -> str | None:
-    """Kills a run: one in ten while it starts, and of the others half while a file is written.
-    What it was doing then, or None if it was done before."""
+def kill_somewhere(process: Forked, run: Path, draw: random.Random) -> str | None:
+    """Kills a run: one in ten while it starts, half of the others while a file is written.
+
+    Returns what it was doing then, or None if it had ended before.
+    """
     began, seen, n = time.perf_counter(), checkpoint_id(run), 0
-    deadline = began + (draw.uniform(0, 5) if draw.random() < 0.1 else 120)
+    end = began + (draw.uniform(0, 1) if draw.random() < 0.1 else WAIT_LIMIT)
     n_wanted, last_wait = draw.randint(1, 4), draw.uniform(0, 0.06)
-    into_writing = draw.random() < 0.5
-    while time.perf_counter() < deadline and n < n_wanted and process.poll() is None:
+    during_write = draw.random() < 0.5
+    while time.perf_counter() < end and n < n_wanted and process.poll() is None:
         time.sleep(0.0005)
         if (now := checkpoint_id(run)) != seen:
             seen, n = now, n + 1
-    if n and into_writing:
+    if n and during_write:
         temporary = draw.choice(("last.pt.tmp", "last.pt.tmp", "best.safetensors.tmp"))
-        deadline = time.perf_counter() + 1  # weights are written once in an epoch at most
-        while not (run / temporary).exists() and time.perf_counter() < deadline:
+        end = time.perf_counter() + 1  # weights are written once in an epoch at most
+        while not (run / temporary).exists() and time.perf_counter() < end:
             pass
         last_wait = draw.uniform(0, 0.0015)
     time.sleep(last_wait if n else 0)
@@ -97,52 +93,44 @@ def kill_somewhere(process: subprocess.Popen, run: Path, draw: random.Random) ->
     writing = sorted(name for name in names if name.endswith(".tmp"))
     if "previous.pt" in names and "last.pt" not in names:
         writing.append("last.pt, between its two renamings")
-    doing = f"writing {', '.join(writing)}" if writing else "between two writings"
+    doing = f"writing {', '.join(writing)}" if writing else "between two writes"
     return f"after {time.perf_counter() - began:.2f} s and {n} checkpoints, {doing}"
 
 
 def run_with_kills(
     task: str, argv: list[str], run: Path, n_kills: int, draw: random.Random, say=lambda text: None
 ) -> None:
-    """One run that is killed again and again, each time resumed, and in the end left to finish."""
+    """One run that is killed and resumed n times, and then left to finish."""
     for i in range(n_kills + 1):
-        # Killed before it had written down what it is, a run is begun anew, as its user would.
-        going_on = ["--resume"] if (run / "config.json").exists() else []
-        process = start([*argv, *going_on])
+        # Killed before it wrote config.json, a run is started again, as its user would.
+        more = ["--resume"] if (run / "config.json").exists() else []
+        process = Forked("run", run_main, [*argv, *more])
         killed = kill_somewhere(process, run, draw) if i < n_kills else None
         if killed:
             kept = run / "last.pt" if (run / "last.pt").exists() else run / "previous.pt"
-            step = "no update"
+            step = "no step"
             if kept.exists():
-                step = f"update {torch.load(kept, weights_only=True)['state']['step']}"
-            say(f"{task}: kill {i + 1} {killed}; {step} is kept")
+                step = f"step {torch.load(kept, weights_only=True)['state']['step']}"
+            say(f"{task}: kill {i + 1} {killed}; {step} is saved")
             continue
-        error = process.communicate()[1]
-        if process.returncode:
-            raise AssertionError(f"{task}: exit {process.returncode}: {error}")
+        ended = process.ended()
+        if ended.status:
+            raise AssertionError(f"{task}: exit status {ended.status}: {ended.err}")
         if i < n_kills:
-            raise AssertionError(f"{task}: the run was over before kill {i + 1}")
+            raise AssertionError(f"{task}: the run ended before kill {i + 1}")
 
 
 def tensors_of(value, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors in nested dicts and lists, by their place."""
+    """The tensors in nested dicts and lists, by their path."""
     if isinstance(value, torch.Tensor):
         return {name: value}
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    nested = [tensors_of(v, f"{name}/{k}") for k, v in pairs if isinstance(v, dict | list)]
-    flat = {f"{name}/{k}": v for k, v in pairs if isinstance(v, torch.Tensor)}
-    return {**flat, **{k: v for inner in nested for k, v in inner.items()}}
-
-
-def without_times(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what differs from day to day."""
-    clock = {"seconds", "tokens_per_second"}
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+    nested = [(f"{name}/{k}", v) for k, v in pairs if isinstance(v, dict | list | torch.Tensor)]
+    return {k: v for path, inner in nested for k, v in tensors_of(inner, path).items()}
 
 
 def differences(run: Path, unbroken: Path, ignore: set[str] = frozenset()) -> list[str]:
-    """What of two runs is not the same, bit for bit, times apart."""
+    """What differs between two runs, bit for bit, except for times."""
     found = []
     files = {"best.safetensors", "tokenizer.json", "test.hypotheses.txt"} - ignore
     for name in sorted(files):
@@ -158,7 +146,7 @@ def differences(run: Path, unbroken: Path, ignore: set[str] = frozenset()) -> li
     found += [
         f"last.pt{name}"
         for name in mine.keys() & its.keys()
-        # equal: NaN is none here, and a sign of zero would show in the bytes of the weights
+        # There is no NaN here, and the sign of a zero would show in the bytes of the weights.
         if mine[name].dtype != its[name].dtype or not torch.equal(mine[name], its[name])
     ]
     if "metrics.jsonl" not in ignore:
@@ -167,30 +155,30 @@ def differences(run: Path, unbroken: Path, ignore: set[str] = frozenset()) -> li
 
 
 def main() -> int:
-    """0 if every run came out as the one left alone."""
+    """Returns 0 if every run matches the unbroken one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="of each task (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args()
-    folder, draw, bad = Path(tempfile.mkdtemp(prefix="rhea-kill-")), random.Random(args.seed), 0
+    folder, draw, n_bad = Path(tempfile.mkdtemp(prefix="rhea-kill-")), random.Random(args.seed), 0
     os.environ |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    os.chdir(folder)
     write_data(folder)
     for task in COMMANDS:
-        epochs = ("--epochs", args.kills + 4)  # a kill costs at most four of its five updates
-        left_alone, run = folder / f"{task}-unbroken", folder / f"{task}-killed"
-        process = start(command(task, folder, left_alone, *epochs))
-        error = process.communicate()[1]
-        assert process.returncode == 0, error
+        epochs = ("--epochs", args.kills + 4)  # a kill costs at most four of an epoch's five steps
+        unbroken, run = folder / f"{task}-unbroken", folder / f"{task}-killed"
+        ended = Forked("unbroken", run_main, command(task, folder, unbroken, *epochs)).ended()
+        assert ended.status == 0, ended.err
         argv = command(task, folder, run, *epochs)
         run_with_kills(task, argv, run, args.kills, draw, lambda text: print(text, flush=True))
-        found = differences(run, left_alone)
-        steps = sum(event["event"] == "step" for event in without_times(run))
-        verdict = "DIFFERENT in " + ", ".join(found) if found else "the same, bit for bit"
-        print(f"{task}: {args.kills} kills, {steps} updates; {verdict}", flush=True)
-        bad += bool(found)
-    if not bad:
+        found = differences(run, unbroken)
+        n_steps = sum(event["event"] == "step" for event in without_times(run))
+        verdict = f"DIFFERENT in {', '.join(found)}" if found else "the same, bit for bit"
+        print(f"{task}: {args.kills} kills, {n_steps} steps; {verdict}", flush=True)
+        n_bad += bool(found)
+    if not n_bad:
         shutil.rmtree(folder)
-    return 1 if bad else 0
+    return 1 if n_bad else 0
 
 
 if __name__ == "__main__":

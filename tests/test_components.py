@@ -3,11 +3,38 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from reference import (
+    TOLERANCE,
+    as_numpy,
+    assert_columns,
+    assert_equal_gradients,
+    attention_pairs,
+    backward,
+    copy_weights,
+    each_dtype,
+    fa_attention,
+    fa_layer_norm,
+    fa_mhattention,
+    fa_mlp,
+    fa_position_embedding,
+    fa_single_query,
+    fa_sinusoids,
+    fa_token_embedding,
+    fa_unembedding,
+    head_weights,
+    perturbed,
+    seeded_float64,  # noqa: F401
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
 from components import (
+    ACTIVATIONS,
+    CAUSAL,
+    FORMS,
+    Context,
     FeedForward,
     LayerNorm,
     LearnedPositions,
@@ -21,136 +48,12 @@ from components import (
     sinusoids,
 )
 
-FORMS = ("list", "matmul", "fused")
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+pytestmark = pytest.mark.usefixtures("seeded_float64")
 # All different, so that no wrong axis can pass.
 B, L_X, L_Z, N_HEADS = 2, 5, 7, 3
 SIZES = {"d_x": 6, "d_z": 10, "d_attn": 4, "d_mid": 11, "d_out": 9}
 
 each_form = pytest.mark.parametrize("form", FORMS)
-each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def seeded_float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-# -------------------------------------------------------------------------------------------------
-# Formal Algorithms for Transformers (FA), as printed: tokens are columns, and Mask[t_z, t_x].
-
-
-def fa_token_embedding(v, W_e):
-    """Algorithm 1."""
-    return W_e[:, v]
-
-
-def fa_position_embedding(t, W_p):
-    """Algorithm 2."""
-    return W_p[:, t]
-
-
-def fa_sinusoids(d_e, l_max):
-    """W_p of FA's section 4, but as in AIAYN: base 10,000, i - 1 in the exponent, t from 0."""
-    W_p = np.empty((d_e, l_max))
-    for t in range(l_max):
-        for i in range(1, d_e // 2 + 1):
-            angle = t / 10_000 ** (2 * (i - 1) / d_e)
-            W_p[2 * i - 1 - 1, t] = math.sin(angle)  # rows counted from 1 in FA
-            W_p[2 * i - 1, t] = math.cos(angle)
-    return W_p
-
-
-def fa_single_query(e, E, W_q, b_q, W_k, b_k, W_v, b_v):
-    """Algorithm 3."""
-    l_z, d_attn = E.shape[1], len(b_q)
-    q = W_q @ e + b_q
-    k = [W_k @ E[:, t] + b_k for t in range(l_z)]
-    v = [W_v @ E[:, t] + b_v for t in range(l_z)]
-    exps = [math.exp(q @ k[t] / math.sqrt(d_attn)) for t in range(l_z)]
-    return sum(exps[t] / sum(exps) * v[t] for t in range(l_z))
-
-
-def fa_softmax(A):
-    P = np.empty_like(A)
-    for t_x in range(A.shape[1]):
-        P[:, t_x] = np.exp(A[:, t_x]) / np.exp(A[:, t_x]).sum()
-    return P
-
-
-def fa_attention(X, Z, W_q, b_q, W_k, b_k, W_v, b_v, Mask):
-    """Algorithm 4."""
-    Q = W_q @ X + np.outer(b_q, np.ones(X.shape[1]))
-    K = W_k @ Z + np.outer(b_k, np.ones(Z.shape[1]))
-    V = W_v @ Z + np.outer(b_v, np.ones(Z.shape[1]))
-    S = K.T @ Q
-    for t_z in range(Z.shape[1]):
-        for t_x in range(X.shape[1]):
-            if not Mask[t_z, t_x]:
-                S[t_z, t_x] = -np.inf
-    return V @ fa_softmax(S / math.sqrt(len(b_q)))
-
-
-def fa_mhattention(X, Z, module, Mask):
-    """Algorithm 5, with the weights of one of our modules."""
-    heads = range(module.n_heads)
-    Y = np.vstack([fa_attention(X, Z, *head_weights(module, h), Mask) for h in heads])
-    W_o, b_o = as_numpy(module.W_o.weight), as_numpy(module.W_o.bias)
-    return W_o @ Y + np.outer(b_o, np.ones(X.shape[1]))
-
-
-def fa_layer_norm(e, gamma, beta, eps=1e-5):
-    """Algorithm 6, with the usual eps."""
-    d_e = len(e)
-    m = sum(e[i] for i in range(d_e)) / d_e
-    v = sum((e[i] - m) ** 2 for i in range(d_e)) / d_e
-    return (e - m) / math.sqrt(v + eps) * gamma + beta
-
-
-def fa_unembedding(e, W_u):
-    """Algorithm 7."""
-    return np.exp(W_u @ e) / np.exp(W_u @ e).sum()
-
-
-def fa_mlp(X, module, activation=lambda a: np.maximum(a, 0.0)):
-    """Line 7 of Algorithm 8, with the weights of one of our modules."""
-    W_1, b_1, W_2, b_2 = map(as_numpy, module.parameters())
-    ones = np.ones(X.shape[1])
-    return W_2 @ activation(W_1 @ X + np.outer(b_1, ones)) + np.outer(b_2, ones)
-
-
-# -------------------------------------------------------------------------------------------------
-# Helpers, which test_models uses too
-
-
-def as_numpy(X: Tensor) -> np.ndarray:
-    return X.detach().numpy()
-
-
-def assert_columns(rows: Tensor, columns: np.ndarray) -> None:
-    """Ours, one token a row, is the paper's, one token a column."""
-    assert_close(rows.detach().mT, torch.from_numpy(columns), rtol=1e-12, atol=1e-12)
-
-
-def perturbed(module: nn.Module) -> nn.Module:
-    """With no bias at 0 and no gamma at 1, where an error could hide."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p), alpha=0.3)
-    return module
-
-
-def head_weights(module: MHAttention, head: int) -> list[np.ndarray]:
-    """W_q, b_q, W_k, b_k, W_v, b_v of one head: its rows of the joint matrices."""
-    weights = []
-    for W in (module.W_q, module.W_k, module.W_v):
-        d = W.out_features // module.n_heads
-        rows = slice(head * d, (head + 1) * d)
-        weights += [as_numpy(W.weight)[rows], as_numpy(W.bias)[rows]]
-    return weights
 
 
 def mhattention(form: str, **changes: int) -> MHAttention:
@@ -170,50 +73,10 @@ def random_mask(*heads: int) -> Tensor:
     return Mask
 
 
-def backward(Y: Tensor) -> None:
-    """Of a loss to which each number of Y has its own weight, the same in every call.
-
-    The root keeps gradients near 1, which the tolerances are meant for.
-    """
-    weights = torch.randn(Y.shape, generator=torch.Generator().manual_seed(1))
-    ((Y * weights).sum() / math.sqrt(Y.numel())).backward()
+# ------------------------------------------------------------------------- compared with the papers
 
 
-def attention_pairs(ours: MHAttention, theirs: nn.MultiheadAttention):
-    """Each parameter of torch's attention, with those of ours which, stacked, are the same."""
-    projections = (ours.W_q, ours.W_k, ours.W_v)
-    W = [p.weight for p in projections]
-    if theirs.in_proj_weight is not None:
-        yield theirs.in_proj_weight, W
-    else:
-        yield theirs.q_proj_weight, [W[0]]
-        yield theirs.k_proj_weight, [W[1]]
-        yield theirs.v_proj_weight, [W[2]]
-    yield theirs.in_proj_bias, [p.bias for p in projections]
-    yield theirs.out_proj.weight, [ours.W_o.weight]
-    yield theirs.out_proj.bias, [ours.W_o.bias]
-
-
-def copy_weights(ours: nn.Module, theirs: nn.Module, pairs: list) -> None:
-    """From ours to theirs; pairs must name every parameter of both."""
-    assert {p for p, _ in pairs} == set(theirs.parameters())
-    assert {p for _, stack in pairs for p in stack} == set(ours.parameters())
-    with torch.no_grad():
-        for p, stack in pairs:
-            p.copy_(torch.cat(stack))
-
-
-def assert_equal_gradients(pairs: list, tolerance: float) -> None:
-    for theirs, stack in pairs:
-        ours = torch.cat([p.grad for p in stack])
-        assert_close(ours, theirs.grad, rtol=tolerance, atol=tolerance)
-
-
-# -------------------------------------------------------------------------------------------------
-# Equality with the paper
-
-
-def test_token_embedding_is_algorithm_1_times_the_root_of_d_model():
+def test_token_embedding_is_algorithm_1_times_sqrt_d_model():
     embedding = TokenEmbedding(13, 6)
     ids = torch.randint(13, (B, L_X))
     for row, vectors in zip(ids.tolist(), embedding(ids)):
@@ -231,7 +94,7 @@ def test_learned_positions_are_algorithm_2():
         assert_columns(after, as_numpy(before).T + columns)
 
 
-def test_sinusoidal_positions_are_the_formula_and_no_parameter():
+def test_sinusoidal_positions_match_the_formula_and_are_not_saved():
     positions = SinusoidalPositions(L_Z, 6)
     X = torch.randn(B, L_X, 6)
     for before, after in zip(X, positions(X)):
@@ -239,7 +102,7 @@ def test_sinusoidal_positions_are_the_formula_and_no_parameter():
     assert not positions.state_dict()
 
 
-def test_sinusoids_are_exact_far_out():
+def test_sinusoids_are_exact_at_late_positions():
     PE = sinusoids(5001, 512)
     assert PE.shape == (5001, 512)
     for t in (0, 1, 777, 5000):
@@ -249,7 +112,7 @@ def test_sinusoids_are_exact_far_out():
             assert PE[t, two_i + 1].item() == pytest.approx(math.cos(angle), abs=1e-9)
 
 
-def test_an_odd_d_model_has_no_sinusoids():
+def test_sinusoids_refuse_an_odd_d_model():
     with pytest.raises(ValueError, match="d_model 7 is odd"):
         sinusoids(10, 7)
 
@@ -289,7 +152,7 @@ def test_mhattention_is_algorithm_5(form):
         assert_columns(y, fa_mhattention(x, z, module, mask))
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-3])  # with the small one, eps has a say
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # eps matters with the small one
 def test_layer_norm_is_algorithm_6(scale):
     X = scale * (3 + torch.randn(L_X, 6))
     gamma, beta = torch.randn(6), torch.randn(6)
@@ -305,40 +168,42 @@ def test_softmax_of_the_unembedding_is_algorithm_7():
         assert_columns(p, np.stack(columns, axis=1))
 
 
-@pytest.mark.parametrize(
-    "name, activation",
-    [
-        ("relu", lambda a: np.maximum(a, 0.0)),
-        ("gelu", lambda a: a * (1 + np.vectorize(math.erf)(a / math.sqrt(2))) / 2),
-    ],
-)
-def test_feed_forward_is_the_formula_at_each_position(name, activation):
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_feed_forward_matches_the_formula_at_each_position(name):
     module = perturbed(FeedForward(d_model=6, d_ff=14, activation=name))
     X = torch.randn(B, L_X, 6)
     for y, x in zip(module(X), X):
-        assert_columns(y, fa_mlp(as_numpy(x).T, module, activation))
+        expected = fa_mlp(
+            as_numpy(x).T, module, lambda a: ACTIVATIONS[name](torch.from_numpy(a)).numpy()
+        )
+        assert_columns(y, expected)
 
 
-# -------------------------------------------------------------------------------------------------
-# Equality with torch.nn, and of the forms with one another
+def test_activations_match_their_formulas():
+    a = torch.linspace(-3, 3, 13)
+    assert_close(ACTIVATIONS["relu"](a), a.clamp(min=0))
+    assert_close(ACTIVATIONS["gelu"](a), a * (1 + torch.erf(a / math.sqrt(2))) / 2)
+
+
+# ----------------------------------------------------- compared with torch.nn, and with one another
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @each_form
 @each_dtype
-def test_mhattention_is_torch_multihead_attention(dtype, form, padded, causal):
+def test_mhattention_matches_torch_multihead_attention(dtype, form, padded, causal):
     torch.set_default_dtype(dtype)
     sizes = {"d_x": 12, "d_z": 10, "d_attn": 4, "d_mid": 4, "d_out": 12}
     ours = mhattention(form, **sizes)
     theirs = nn.MultiheadAttention(12, N_HEADS, kdim=10, vdim=10, batch_first=True)
     pairs = list(attention_pairs(ours, theirs))
     copy_weights(ours, theirs, pairs)
-    there = torch.arange(L_Z) < torch.tensor([[L_Z], [4]])  # (b, l_z)
+    present = torch.arange(L_Z) < torch.tensor([[L_Z], [4]])  # (b, l_z)
     earlier = torch.arange(L_Z) <= torch.arange(L_X)[:, None]  # (l_x, l_z)
     Mask = None
     if padded or causal:
-        Mask = (there[:, None, None] | (not padded)) & (earlier | (not causal))
+        Mask = (present[:, None, None] | (not padded)) & (earlier | (not causal))
 
     X, Z = sequences(**sizes)
     Y = ours(X, Z, Mask)
@@ -347,7 +212,7 @@ def test_mhattention_is_torch_multihead_attention(dtype, form, padded, causal):
     X.grad, Z.grad = None, None
     expected, _ = theirs(
         *(X, Z, Z),
-        key_padding_mask=~there if padded else None,
+        key_padding_mask=~present if padded else None,
         attn_mask=~earlier if causal else None,
     )
     backward(expected)
@@ -357,25 +222,74 @@ def test_mhattention_is_torch_multihead_attention(dtype, form, padded, causal):
     assert_equal_gradients(pairs, tolerance)
 
 
+def outputs_and_gradients(module: nn.Module, X: Tensor, Z: Tensor, Mask) -> tuple[Tensor, ...]:
+    X.grad, Z.grad = None, None
+    module.zero_grad()
+    Y = module(X, Z, Mask)
+    backward(Y)
+    return Y, X.grad, Z.grad, *(p.grad.clone() for p in module.parameters())
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("d_mid", [4, 11])
+@each_form
 @each_dtype
-def test_the_forms_agree_and_share_their_weights(dtype, d_mid, masked):
+def test_the_forms_agree_and_share_their_weights(dtype, form, d_mid, masked):
     torch.set_default_dtype(dtype)
-    first = mhattention("list", d_mid=d_mid)
-    Mask = random_mask(N_HEADS) if masked else None  # another one for each head
+    first, second = mhattention("list", d_mid=d_mid), mhattention(form, d_mid=d_mid)
+    second.load_state_dict(first.state_dict(), strict=True)
+    Mask = random_mask(N_HEADS) if masked else None  # a different one for each head
     X, Z = sequences()
-    results = []
-    for form in FORMS:
-        module = mhattention(form, d_mid=d_mid)
-        module.load_state_dict(first.state_dict(), strict=True)
-        X.grad, Z.grad = None, None
-        Y = module(X, Z, Mask)
-        backward(Y)
-        results.append((Y, X.grad, Z.grad, *(p.grad for p in module.parameters())))
-    tolerance = TOLERANCE[dtype]
-    assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
-    assert_close(results[2], results[0], rtol=tolerance, atol=tolerance)
+    expected = outputs_and_gradients(first, X, Z, Mask)
+    actual = outputs_and_gradients(second, X, Z, Mask)
+    assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("d_mid", [4, 11])
+@each_form
+@each_dtype
+def test_causal_attention_matches_attention_with_a_causal_mask(dtype, form, d_mid):
+    torch.set_default_dtype(dtype)
+    module = mhattention(form, d_z=6, d_mid=d_mid)
+    X, Z = sequences()[0], torch.randn(B, L_X, 6, requires_grad=True)
+    Mask = torch.tensor([[t_z <= t_x for t_z in range(L_X)] for t_x in range(L_X)])
+    expected = outputs_and_gradients(module, X, Z, Mask)
+    actual = outputs_and_gradients(module, X, Z, CAUSAL)
+    assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_fused_attention_passes_the_kernel_a_flag_and_no_causal_mask(monkeypatch):
+    calls = []
+    kernel = F.scaled_dot_product_attention
+
+    def spy(Q, K, V, Mask=None, *, is_causal=False):
+        calls.append((Mask is None, is_causal))
+        return kernel(Q, K, V, Mask, is_causal=is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    module, (X, _), past = mhattention("fused", d_z=6), sequences(), Context()
+    module(X, X, CAUSAL)
+    module(X[:, :1], X[:, :1], CAUSAL, past)
+    module(X[:, 1:2], X[:, 1:2], CAUSAL, past)
+    assert calls == [(True, True), (True, True), (True, False)]  # the last query sees everything
+
+
+@pytest.mark.parametrize("parts", [(1, 1, 1, 1, 1), (3, 2), (1, 3, 1)], ids=str)
+@each_form
+def test_causal_attention_in_parts_matches_causal_attention_at_once(form, parts):
+    module, (X, _), past = mhattention(form, d_z=6), sequences(), Context()
+    Y = torch.cat([module(x, x, CAUSAL, past) for x in X.split(parts, dim=1)], dim=1)
+    assert_close(Y, module(X, X, CAUSAL), rtol=1e-12, atol=1e-12)
+    assert len(past) == L_X
+
+
+@each_form
+def test_rows_that_share_a_context_attend_to_it_as_if_each_had_its_own(form):
+    module, (_, Z), k = mhattention(form), sequences(), 3
+    X, Mask = torch.randn(B * k, L_X, SIZES["d_x"]), torch.rand(B, 1, 1, L_Z) < 0.7
+    Mask[..., 0] = True
+    expected = module(X, Z.repeat_interleave(k, 0), Mask.repeat_interleave(k, 0))
+    assert_close(module(X, Z, Mask), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
@@ -392,12 +306,11 @@ def test_layer_norm_module_function_and_torch_agree(scale):
     assert_equal_gradients(pairs, 1e-12)
 
 
-# -------------------------------------------------------------------------------------------------
-# Gradients against differences
+# ------------------------------------------------------- gradients compared with finite differences
 
 
 def gradcheck(module: nn.Module, *inputs: Tensor, Mask: tuple[Tensor, ...] = ()) -> bool:
-    """Of the inputs and of the weights."""
+    """Checks the gradients of inputs and weights."""
     names, weights = zip(*module.named_parameters())
     n = len(inputs)
 
@@ -415,7 +328,7 @@ def test_gradcheck_of_mhattention(form):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: LayerNorm(6), lambda: FeedForward(d_model=6, d_ff=4)], ids=["norm", "ff"]
+    "make", [lambda: LayerNorm(6), lambda: FeedForward(6, 4, "gelu")], ids=["norm", "ff"]
 )
 def test_gradcheck_of_layer_norm_and_feed_forward(make):
     X, _ = sequences()

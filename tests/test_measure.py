@@ -1,36 +1,45 @@
-"""Benchmarks, records, the figure of epoch times, and the check of a device."""
+"""Benchmarks, FLOP counts, and the comparison of a device with the CPU."""
 
 import getpass
 import json
-import math
 import socket
 import time
 
-import matplotlib.figure
 import pytest
 import torch
-from test_main import TINY, refuse, run_quietly, slice_of_reviews  # noqa: F401, a fixture
+from helpers import TINY, run_quietly
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import comp_utils
 import main
 import measure
 import models
 import settings
-from comp_utils import BadInput
-from data import ASSETS, Batch
-from models import ModelConfig, Transformer, TransformerClassifier
+from config import ModelConfig
+from data import Batch
+from models import Transformer, TransformerClassifier
 
 ODD = ModelConfig(
     n_layers=2, d_model=10, d_ff=14, n_heads=3, d_attn=5, d_mid=4, attention="matmul", dropout=0.0
 )
+FORMS = settings.option_fields()["attention"].metadata["choices"]
 
 
-# ----------------------------------------------------------------------------------------- counting
+def build(classifies: bool = False, **changes) -> nn.Module:
+    config, sizes = ModelConfig(**vars(ODD) | changes), {"n_vocab": 30, "pad_id": 0, "max_len": 90}
+    if classifies:
+        return TransformerClassifier(config, n_classes=6, **sizes)
+    return Transformer(config, **sizes)
 
 
-def test_flops_of_one_layer_by_hand():
-    config = ModelConfig(n_layers=1, d_model=2, d_ff=3, n_heads=1)
+# ------------------------------------------------------------------------------------------- FLOP/s
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flops_of_one_layer_by_hand(form):
+    config = ModelConfig(n_layers=1, d_model=2, d_ff=3, n_heads=1, attention=form)
+    model = Transformer(config, n_vocab=5, pad_id=0, max_len=9)
     # One sentence, 2 source positions and 1 target position, products of (l, m) and (m, n) cost
     # 2 l m n. Self-attention of the encoder: W_q, W_k, W_v, W_o, then Q K^T and S V.
     encoder = 4 * (2 * 2 * 2 * 2) + 2 * (2 * 2 * 2 * 2) + 2 * (2 * 2 * 2 * 3)
@@ -38,91 +47,80 @@ def test_flops_of_one_layer_by_hand():
     cross_attention = 2 * (2 * 1 * 2 * 2) + 2 * (2 * 2 * 2 * 2) + 2 * (2 * 1 * 2 * 2)
     decoder = self_attention + cross_attention + 2 * (2 * 1 * 2 * 3)
     logits = 2 * 1 * 2 * 5
-    assert measure.model_flops(config, n=1, l_z=2, l_x=1, n_out=5) == encoder + decoder + logits
+    assert measure.forward_flops(model, {(2, 1): 1}) == encoder + decoder + logits
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("classifies", [False, True])
-def test_flops_are_those_that_torch_counts(classifies):
-    sizes = {"n_vocab": 30, "pad_id": 0, "max_len": 20}
-    n_out, l_x = (6, 1) if classifies else (30, 9)
-    model = (
-        TransformerClassifier(ODD, n_classes=6, **sizes)
-        if classifies
-        else Transformer(ODD, **sizes)
-    )
-    src, tgt_in = torch.randint(4, 30, (3, 7)), torch.randint(4, 30, (3, l_x))
-    with FlopCounterMode(display=False) as counter:
-        logits = model(src, tgt_in)
-    forward = measure.model_flops(ODD, n=3, l_z=7, l_x=l_x, n_out=n_out)
-    assert counter.get_total_flops() == forward
-    with FlopCounterMode(display=False) as counter:
-        logits.sum().backward()
-    assert counter.get_total_flops() == 2 * forward
+def test_flops_are_those_of_the_batches_and_a_third_of_a_step(classifies, form):
+    shapes = {(7, 1 if classifies else 9): 3, (5, 1 if classifies else 80): 2, (1, 1): 4}
+    total = 0
+    for (l_z, l_x), n in shapes.items():
+        # torch counts nothing for its fused kernel on a CPU, so the batches take another form.
+        src, tgt_in = torch.randint(4, 30, (n, l_z)), torch.randint(4, 30, (n, l_x))
+        with FlopCounterMode(display=False) as counter:
+            build(classifies)(src, tgt_in).sum().backward()
+        total += counter.get_total_flops()
+    assert 3 * measure.forward_flops(build(classifies, attention=form), shapes) == total
+
+
+def test_hundreds_of_shapes_take_seven_forward_passes(monkeypatch):
+    calls, forward = [], Transformer.forward
+
+    def counted(self, *args):
+        calls.append(1)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Transformer, "forward", counted)
+    shapes = {(l_z, l_x): 1 for l_z in range(1, 80, 4) for l_x in range(1, 80, 4)}
+    assert measure.forward_flops(build(), shapes) > 0 and len(calls) == 7
+
+
+def test_a_model_that_is_not_quadratic_in_the_lengths_is_counted_shape_by_shape():
+    class Window(nn.Module):
+        """Looks at no more than 4 positions."""
+
+        def __init__(self):
+            super().__init__()
+            self.W = nn.Linear(3, 3, bias=False)
+
+        def forward(self, src, tgt_in):
+            return self.W(self.W.weight.new_zeros(src.shape[1], 3)[:4])
+
+    assert measure.forward_flops(Window(), {(2, 1): 1, (9, 1): 2}) == 2 * 3 * 3 * (2 + 2 * 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_reference_product_converts_nothing_while_it_is_timed(precision):
+    class Operations(TorchDispatchMode):
+        names: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Operations() as operations:
+        measure.matmul_flops_per_second(torch.device("cpu"), precision, size=16)
+    first = operations.names.index("mm.default")
+    assert operations.names[first:] == ["mm.default"] * 6
 
 
 # ------------------------------------------------------------------------------------------- timing
 
-FIELDS = [
-    "workload",
-    "dataset",
-    "task",
-    "batch_size",
-    "batch_tokens",
-    "pad_to",
-    "max_length",
-    "accumulate",
-    "r_drop",
-    "n_layers",
-    "d_model",
-    "d_ff",
-    "n_heads",
-    "d_attn",
-    "d_mid",
-    "dropout",
-    "activation",
-    "attention",
-    "positions",
-    "parameters",
-    "plan_fingerprint",
-    "work_fingerprint",
-    "processes",
-    "device",
-    "device_name",
-    "processor",
-    "driver",
-    "mps_fallback",
-    "cores",
-    "threads",
-    "system",
-    "python",
-    "torch",
-    "precision",
-    "compile",
-    "tf32",
-    "deterministic",
-    "date",
-    "updates",
-    "updates_of_an_epoch",
-    "repetitions",
-    "warm_up_updates",
-    "seconds_per_update",
-    "tokens_per_second",
-    "positions_per_second",
-    "seconds_per_epoch",
-    "seconds_per_epoch_is",
-    "peak_process_bytes",
-    "peak_device_bytes",
-    "model_flops_per_second",
-    "matmul_flops_per_second",
-    "share_of_matmul_flops",
-    "start_seconds",
-    "compile_seconds",
-]
+FIELDS = """
+workload dataset task batch_size batch_tokens pad_to max_length accumulate r_drop n_layers d_model
+d_ff n_heads d_attn d_mid dropout activation attention positions parameters plan_fingerprint
+work_fingerprint processes device device_name label processor processor_model driver mps_fallback
+cores threads system python torch precision compile tf32 deterministic date steps steps_per_epoch
+repetitions warm_up_steps seconds_per_step tokens_per_second positions_per_second seconds_per_epoch
+seconds_per_epoch_is peak_process_bytes peak_device_bytes model_flops_per_second
+matmul_flops_per_second share_of_matmul_flops start_seconds compile_seconds
+""".split()
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A matrix product of a size that costs nothing."""
+    """A reference product that takes no time."""
     monkeypatch.setattr(measure, "matmul_flops_per_second", lambda *_: 1e9)
 
 
@@ -132,12 +130,14 @@ def benchmark(data, name: str, *options) -> dict:
         return json.load(file)
 
 
-def test_a_record_holds_every_field_and_nothing_private(slice_of_reviews, capsys):
-    record = benchmark(slice_of_reviews, "b", 2)
+@pytest.mark.slow
+def test_a_record_holds_every_field_and_nothing_private(slice_of_reviews):
+    record = benchmark(slice_of_reviews, "b", 2, "--label", "my machine")
     assert record.keys() == set(FIELDS)
     text = json.dumps(record)
     for private in (str(slice_of_reviews), "reviews", getpass.getuser(), socket.gethostname(), "/"):
-        assert private not in text.replace("tokens/s", "")
+        assert private not in text
+    assert record["label"] == "my machine"
     assert record["matmul_flops_per_second"] > 1e8
     assert record["model_flops_per_second"] > 0
     assert record["share_of_matmul_flops"] == pytest.approx(
@@ -145,29 +145,29 @@ def test_a_record_holds_every_field_and_nothing_private(slice_of_reviews, capsys
     )
     assert record["peak_process_bytes"] > 2**26 and record["peak_device_bytes"] is None
     assert 0.5 < record["start_seconds"] < 3600
-    for name in ("seconds_per_update", "seconds_per_epoch"):
+    for name in ("seconds_per_step", "seconds_per_epoch"):
         spread = record[name]
         assert 0 < spread["least"] <= spread["median"] <= spread["greatest"]
 
 
-def test_an_epoch_is_measured_when_it_was_run_and_reckoned_by_positions_when_not(
-    slice_of_reviews,
-    quick,
-):
+@pytest.mark.slow
+def test_an_epoch_is_measured_or_extrapolated_by_positions(slice_of_reviews, quick):
     whole = benchmark(slice_of_reviews, "whole", 1000)
-    assert whole["updates"] == whole["updates_of_an_epoch"] == 5
+    assert whole["steps"] == whole["steps_per_epoch"] == 5
     assert whole["seconds_per_epoch_is"] == "measured"
-    epoch, update = (whole[k]["median"] for k in ("seconds_per_epoch", "seconds_per_update"))
-    assert epoch == pytest.approx(5 * update)
+    epoch, step = (whole[k]["median"] for k in ("seconds_per_epoch", "seconds_per_step"))
+    assert epoch == pytest.approx(5 * step)
     part = benchmark(slice_of_reviews, "part", 2)
-    assert part["updates"] == 2 and part["seconds_per_epoch_is"].startswith("reckoned")
-    # Positions in a second are the same whether counted over the part or over the reckoned whole.
+    assert part["steps"] == 2
+    assert part["seconds_per_epoch_is"] == "extrapolated from 2 steps"
+    # Positions in a second are the same, counted over the part or over the extrapolated whole.
     n_positions = whole["positions_per_second"] * epoch
-    reckoned = part["positions_per_second"] * part["seconds_per_epoch"]["median"]
-    assert reckoned == pytest.approx(n_positions)
+    extrapolated = part["positions_per_second"] * part["seconds_per_epoch"]["median"]
+    assert extrapolated == pytest.approx(n_positions)
 
 
-def test_what_the_model_takes_is_in_the_figure(slice_of_reviews, quick, monkeypatch):
+@pytest.mark.slow
+def test_the_time_of_the_model_is_in_the_figure(slice_of_reviews, quick, monkeypatch):
     now, forward = [0.0], TransformerClassifier.forward
 
     def sleepy(self, *args):
@@ -176,18 +176,24 @@ def test_what_the_model_takes_is_in_the_figure(slice_of_reviews, quick, monkeypa
         return forward(self, *args)
 
     monkeypatch.setattr(TransformerClassifier, "forward", sleepy)
-    slow = benchmark(slice_of_reviews, "slow", 5)["seconds_per_update"]
+    slow = benchmark(slice_of_reviews, "slow", 5)["seconds_per_step"]
     assert slow["least"] >= 0.01  # by the real clock
-    # By one that the model alone moves the figure is the model's, whatever else the machine does.
+    # By a clock that only the model advances, the figure is the model's, however busy the machine.
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    alone = benchmark(slice_of_reviews, "alone", 5)["seconds_per_update"]
+    alone = benchmark(slice_of_reviews, "alone", 5)["seconds_per_step"]
     assert alone == pytest.approx({"median": 0.01, "least": 0.01, "greatest": 0.01})
 
 
-def test_the_same_work_has_one_fingerprint_and_other_work_another(
-    slice_of_reviews,
-    quick,
-):
+def test_peak_memory_is_that_of_the_steps_alone(slice_of_reviews, monkeypatch):
+    used = []
+    monkeypatch.setattr(measure, "matmul_flops_per_second", lambda *_: used.append(1) or 1e9)
+    monkeypatch.setattr(measure, "forward_flops", lambda *_: used.append(1) or 1)
+    monkeypatch.setattr(measure, "peak_memory", lambda _: (2**20, len(used)))
+    assert benchmark(slice_of_reviews, "b", 1)["peak_device_bytes"] == 0 and len(used) == 2
+
+
+@pytest.mark.slow
+def test_equal_work_has_equal_fingerprints_and_other_work_another(slice_of_reviews, quick):
     def work(name: str, *options) -> str:
         return benchmark(slice_of_reviews, name, 1, *options)["work_fingerprint"]
 
@@ -197,16 +203,12 @@ def test_the_same_work_has_one_fingerprint_and_other_work_another(
     assert len({first, *others}) == 4
 
 
-def test_the_original_workload_is_what_was_published():
+def test_the_original_workload_is_the_published_one():
     options = settings.resolve({"workload": "original"})
     assert (options.dataset, options.pad_to, options.max_length) == ("rotten_tomatoes", 512, 512)
     assert (options.batch_size, options.batch_tokens, options.dropout) == (16, None, 0.1)
     assert (options.n_layers, options.d_model, options.d_ff, options.n_heads) == (6, 16, 64, 8)
     assert options.r_drop == 0
-    published = [r for r in measure.read_records(str(EPOCH_TIMES)) if r.get("published")]
-    seconds = [r["seconds_per_epoch"]["median"] for r in published]
-    assert seconds == [3346, 1088, 63, 54, 17, 15]
-    assert all(r["workload"] == "original" and "2022" in r["source"] for r in published)
 
 
 @pytest.mark.parametrize("name", ["reviews", "translation"])
@@ -216,206 +218,50 @@ def test_other_workloads_are_the_recipes(name):
     assert options == vars(settings.resolve({"dataset": dataset})) | {"workload": name}
 
 
-# ------------------------------------------------------------------------------------------ records
-
-EPOCH_TIMES = ASSETS / "epoch_times.jsonl"
-
-
-def record(seconds: float = 2.0, **facts) -> dict:
-    return {
-        "workload": "reviews",
-        "work_fingerprint": "a" * 16,
-        "device": "cpu",
-        "device_name": "Some CPU",
-        "threads": 2,
-        "attention": "fused",
-        "seconds_per_epoch": {"median": seconds, "least": seconds / 2, "greatest": seconds * 2},
-        "seconds_per_epoch_is": "measured",
-    } | facts
-
-
-def write_records(name: str, *records) -> str:
-    with open(name, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(r) + "\n" for r in records)
-    return name
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[matplotlib.figure.Figure]:
-    """The figures that are saved."""
-    figures, savefig = [], matplotlib.figure.Figure.savefig
-
-    def save(self, *args, **options):
-        figures.append(self)
-        return savefig(self, *args, **options)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", save)
-    return figures
-
-
-@pytest.mark.parametrize("greatest", [30.0, 4000.0])  # a linear axis, and a logarithmic one
-def test_table_and_bars_show_the_same_numbers(greatest, drawn):
-    seconds = [2.0, 30.0, greatest]
-    records = [record(s, threads=i) for i, s in enumerate(seconds, 1)]
-    out = run_quietly("--compare", write_records("r.jsonl", *records), "--figure", "f.png")
-    (axes,) = drawn[0].axes
-    bars = [bar.get_x() + bar.get_width() for bar in axes.patches]
-    assert bars == pytest.approx(seconds)
-    assert (axes.get_xscale() == "log") == (greatest > 100)
-    texts = [text.get_text() for text in axes.texts]
-    rows = [line.split() for line in out.splitlines()[1:]]
-    assert [f"{row[0]} s" for row in rows] == texts
-    assert [row[1] for row in rows] == [measure.seconds_text(s / 2) for s in seconds]
-    assert [row[2] for row in rows] == [measure.seconds_text(s * 2) for s in seconds]
-    whiskers = [line.get_segments()[0] for line in axes.collections]
-    assert [w[0][0] for w in whiskers] == pytest.approx([s / 2 for s in seconds])
-    assert [w[1][0] for w in whiskers] == pytest.approx([s * 2 for s in seconds])
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == ["Some, 1 thread", "Some, 2 threads", "Some, 3 threads"]
-    assert "seconds" in axes.get_xlabel() and "reviews" in drawn[0].get_suptitle()
-    assert "a" * 16 in drawn[0].legends[0].get_title().get_text()
-
-
-@pytest.mark.parametrize(
-    "ending, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
-)
-def test_a_figure_is_what_its_name_says(ending, start, tmp_path):
-    run_quietly("--compare", write_records("r.jsonl", record()), "--figure", f"f.{ending}")
-    assert (tmp_path / f"f.{ending}").read_bytes().startswith(start)
-
-
-def test_what_others_published_is_marked_and_apart(drawn):
-    ours = write_records("r.jsonl", record(workload="original"))
-    argv = ["--compare", EPOCH_TIMES, ours, "--figure", "f.png", "--allow-different-work"]
-    out = run_quietly(*argv)
-    (axes,) = drawn[0].axes
-    hatched = [bool(bar.get_hatch()) for bar in axes.patches]
-    assert hatched == [False] * (len(hatched) - 6) + [True] * 6
-    words = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert any("published" in text for text in words)
-    assert out.count("published by others") == 6
-
-
-def test_different_work_is_refused_unless_asked_for_and_then_said(drawn, capsys):
-    name = write_records("r.jsonl", record(), record(work_fingerprint="b" * 16))
-    (line,) = refuse(["--compare", name, "--figure", "f.png"], capsys)
-    assert "a" * 16 in line and "b" * 16 in line and "--allow-different-work" in line
-    assert not drawn
-    run_quietly("--compare", name, "--figure", "f.png", "--allow-different-work")
-    title = drawn[0].legends[0].get_title().get_text()
-    assert "NOT the same work" in title and "a" * 16 in title
-    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
-    assert labels[0].count("\n") == 0 and "\nreviews " + "b" * 16 in labels[1]
-
-
-def test_a_training_run_is_a_record_too(slice_of_reviews):
-    run_quietly(*TINY, "--dataset", slice_of_reviews, "--run-dir", "r")
-    with open("r/metrics.jsonl", encoding="utf-8") as file:
-        seconds = [e["seconds"] for e in map(json.loads, file) if e["event"] == "epoch"]
-    (found,) = measure.read_records("r")
-    assert found["seconds_per_epoch"]["median"] == pytest.approx(sum(seconds) / 2)
-    assert measure.seconds_text(sum(seconds) / 2) in run_quietly("--compare", "r")
-
-
-BROKEN = {
-    "no JSON": b"{",
-    "no object": b"[1]",
-    "nothing": b"",
-    "no text": b"\xff\xfe",
-    "deep": b"[" * 100_000,
-    "no device": json.dumps(record(device_name=3)).encode(),
-    "no work": json.dumps(record(work_fingerprint=None)).encode(),
-    "no seconds": json.dumps(record() | {"seconds_per_epoch": 3}).encode(),
-    "seconds below 0": json.dumps(record(-1.0)).encode(),
-    "endless seconds": json.dumps(record(math.inf)).encode(),
-    "seconds in words": json.dumps(record() | {"seconds_per_epoch": {"median": "3"}}).encode(),
-}
-
-
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_record_is_refused(content, tmp_path, capsys):
-    (tmp_path / "r.jsonl").write_bytes(content)
-    (line,) = refuse(["--compare", "r.jsonl"], capsys)
-    assert "--compare r.jsonl" in line and "; " in line
-
-
-REFUSED = {
-    "no file": ("--compare nowhere", ["--compare nowhere", "give a run folder or file"]),
-    "no run": ("--compare .", ["config.json"]),
-    "figure of what": ("--figure f.png", ["--figure", "--compare"]),
-    "figure of a kind": ("--compare r.jsonl --figure f.gif", ["--figure f.gif", ".png, .svg"]),
-    "figure nowhere": ("--compare r.jsonl --figure no/f.png", ["--figure no/f.png", "write"]),
-    "allowed for what": ("--allow-different-work", ["--allow-different-work", "--compare"]),
-    "with training": ("--compare r.jsonl --epochs 3", ["--epochs", "leave it out"]),
-    "two at once": ("--benchmark 3 --check-device", ["--check-device and --benchmark", "one"]),
-    "a folder for nothing": ("--check-device --run-dir r", ["--run-dir", "writes nothing"]),
-    "resumed": ("--benchmark 3 --resume --run-dir r", ["--resume and --benchmark", "one"]),
-    "no workload": ("--workload mine", ["--workload mine", "one of original, reviews"]),
-    "no updates": ("--benchmark 0", ["--benchmark 0", "at least 1"]),
-    "TF32 on a CPU": ("--tf32 --device cpu", ["--tf32", "is for cuda", "leave it out"]),
-}
-
-
-@pytest.mark.parametrize("argv, words", REFUSED.values(), ids=REFUSED.keys())
-def test_measurements_that_cannot_be_made_are_refused(argv, words, capsys):
-    write_records("r.jsonl", record())
-    (line,) = refuse(argv.split(), capsys)
-    assert [word for word in words if word not in line] == []
-
-
 # ------------------------------------------------------------------------------- device against CPU
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_cpu_does_what_the_cpu_does(precision, slice_of_reviews):
+def test_the_cpu_matches_the_cpu(precision, slice_of_reviews):
     argv = [*TINY, "--dataset", slice_of_reviews, "--check-device", "--precision", precision]
     out = run_quietly(*argv)
-    assert "they agree" in out and "logits" in out and "gradient of " in out
+    assert "matches the CPU" in out and "logits" in out and "gradient of " in out
 
 
-def test_a_device_that_computes_something_else_is_found_out(
-    slice_of_reviews,
-    monkeypatch,
-    capsys,
-):
-    attend = models.MHAttention.attend
+def test_a_device_that_computes_something_else_is_found(slice_of_reviews, monkeypatch, capsys):
+    attend = models.MHAttention.forward
 
     def wrong(self, *args):
         return attend(self, *args) * (1.001 if self.form == "fused" else 1)
 
-    monkeypatch.setattr(models.MHAttention, "attend", wrong)
+    monkeypatch.setattr(models.MHAttention, "forward", wrong)
     argv = [*TINY, "--dataset", str(slice_of_reviews), "--check-device"]
     assert main.main(argv) == 1
-    line = capsys.readouterr().err
-    assert line.startswith("error: cpu does not compute what the CPU does") and "1e-04" in line
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: cpu does not match the CPU") and "1e-04" in line
 
 
-def pair(**changes) -> list[Transformer]:
-    sizes = {"n_vocab": 30, "pad_id": 0, "max_len": 20}
-    return [Transformer(ModelConfig(**vars(ODD) | changes), **sizes) for _ in range(2)]
-
-
-def test_each_tensor_is_held_against_the_reference():
+def test_each_tensor_is_compared_with_the_reference():
     batch = Batch(*(torch.randint(4, 30, (3, 7)) for _ in range(3)), n_targets=21, n_tokens=42)
     where = {"device": torch.device("cpu"), "precision": "fp32", "label_smoothing": 0.1}
-    model, reference = pair(dropout=0.3)
-    shares, agrees = measure.check_device(model, reference, batch, tolerance=1e-6, **where)
-    assert agrees and {name for name, _ in shares} == {
+    model, reference = build(dropout=0.3), build(dropout=0.3)
+    errors = measure.check_device(model, reference, batch, **where)
+    assert errors[0][1] < 1e-6 and {name for name, _ in errors} == {
         "loss",
         "logits",
         *(f"gradient of {name}" for name, _ in model.named_parameters()),
     }
-    model, reference = pair()
+    model, reference = build(), build()
     hook = model.encoder[1].feed_forward.W_2.weight.register_hook(lambda g: g * 1.01)
-    shares, agrees = measure.check_device(model, reference, batch, tolerance=1e-3, **where)
+    errors = measure.check_device(model, reference, batch, **where)
     hook.remove()
-    (name, share), (_, next_share) = shares[:2]
-    assert name == "gradient of encoder.1.feed_forward.W_2.weight" and not agrees
-    assert share == pytest.approx(0.01, rel=0.01) and next_share < 1e-5
+    (name, error), (_, next_error) = errors[:2]
+    assert name == "gradient of encoder.1.feed_forward.W_2.weight"
+    assert error == pytest.approx(0.01, rel=0.01) and next_error < 1e-5
 
 
 @pytest.mark.parametrize("name", ["embedding.W_e", "decoder.0.cross_attention.W_q.weight"])
-def test_a_weight_changed_by_one_percent_is_found_out(name, slice_of_reviews, monkeypatch, capsys):
+def test_a_weight_changed_by_one_percent_is_found(name, slice_of_reviews, monkeypatch, capsys):
     load = TransformerClassifier.load_state_dict
 
     def load_changed(self, weights):
@@ -424,87 +270,4 @@ def test_a_weight_changed_by_one_percent_is_found_out(name, slice_of_reviews, mo
     monkeypatch.setattr(TransformerClassifier, "load_state_dict", load_changed)
     argv = [*TINY, "--dataset", str(slice_of_reviews), "--check-device"]
     assert main.main(argv) == 1
-    assert "does not compute what the CPU does" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------ devices that are not here
-
-
-class FakeCuda:
-    """What comp_utils asks torch.cuda."""
-
-    def __init__(self):
-        self.waited = []
-
-    def synchronize(self, device):
-        self.waited.append(device)
-
-    def max_memory_allocated(self, device):
-        return 123
-
-    def is_available(self):
-        return True
-
-    def device_count(self):
-        return 2
-
-    def get_device_name(self, device):
-        return "NVIDIA Fake"
-
-    def is_bf16_supported(self):
-        return False
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    fake = FakeCuda()
-    for name in (name for name in dir(fake) if not name.startswith("_") and name != "waited"):
-        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    return fake
-
-
-def test_cuda_is_asked_for_its_own(fake_cuda):
-    device = torch.device("cuda", 1)
-    comp_utils.synchronize(device)
-    assert fake_cuda.waited == [device]
-    assert comp_utils.peak_memory(device)[1] == 123
-    assert comp_utils.pick_device("auto") == torch.device("cuda", 0)
-    several = {"local_rank": 1, "local_world_size": 2}
-    assert comp_utils.pick_device("cuda", "fp16", **several) == device
-    with pytest.raises(BadInput, match="no bfloat16"):
-        comp_utils.pick_device("cuda", "bf16")
-    with pytest.raises(BadInput, match="3 processes on this machine, which has 2"):
-        comp_utils.pick_device("auto", local_rank=2, local_world_size=3)
-    facts = comp_utils.machine_facts(device)
-    assert facts["device_name"] == "NVIDIA Fake" and facts["driver"].startswith("NVIDIA ")
-    assert facts["processor"] != "NVIDIA Fake"
-
-
-def test_tf32_and_deterministic_kernels_are_set_and_taken_back(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    device = torch.device("cuda")
-    try:
-        comp_utils.set_up(device, tf32=True, deterministic=True)
-        assert torch.get_float32_matmul_precision() == "high"
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        comp_utils.set_up(device, tf32=False, deterministic=False)
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_a_mac_has_one_process(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert comp_utils.pick_device("auto").type == "mps"
-    with pytest.raises(BadInput, match="--device mps: 2 processes"):
-        comp_utils.pick_device("mps", local_world_size=2)
-    assert comp_utils.pick_device("auto", local_world_size=2).type == "cpu"
-    with pytest.raises(BadInput, match="fp16"):
-        comp_utils.pick_device("mps", "fp16")
-    waited = []
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
-    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 77)
-    comp_utils.synchronize(torch.device("mps"))
-    assert waited == [1] and comp_utils.peak_memory(torch.device("mps"))[1] == 77
-    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    assert comp_utils.machine_facts(torch.device("cpu"))["mps_fallback"]
+    assert "does not match the CPU" in capsys.readouterr().err

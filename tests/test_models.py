@@ -1,82 +1,43 @@
-import contextlib
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_components import (
-    FORMS,
+from reference import (
+    BOS,
+    EOS,
+    N_CLASSES,
+    N_VOCAB,
+    PAD,
+    SMALL,
+    SRC_LENGTHS,
+    TGT_LENGTHS,
     TOLERANCE,
-    as_numpy,
     assert_columns,
     assert_equal_gradients,
     attention_pairs,
     backward,
+    classifier,
+    combinations,
     copy_weights,
     each_dtype,
-    fa_layer_norm,
-    fa_mhattention,
-    fa_mlp,
-    fa_sinusoids,
-    fa_token_embedding,
+    each_model,
+    fa_transformer,
+    inputs,
     perturbed,
-    seeded_float64,  # noqa: F401, used by every test
+    seeded_float64,  # noqa: F401
+    sentences,
+    transformer,
 )
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from components import attention_weights
-from data import NO_TARGET, Batch, pad
-from models import (
-    BASE,
-    SIZES,
-    DecoderLayer,
-    EncoderLayer,
-    ModelConfig,
-    Transformer,
-    TransformerClassifier,
-    causal_mask,
-    count_parameters,
-    padding_mask,
-)
-from procedures import (
-    average,
-    build_optimizer,
-    disagreement_sum,
-    loss_sums,
-    lr_at,
-    paper_lr,
-    train_step,
-)
+from components import ACTIVATIONS, FORMS, POSITIONS, padding_mask
+from config import BASE, SIZES, ModelConfig
+from models import DecoderLayer, EncoderLayer, Transformer, count_parameters
 
-PAD, BOS, EOS, N_VOCAB, N_CLASSES = 0, 1, 2, 17, 5
-SMALL = ModelConfig(n_layers=2, d_model=12, d_ff=20, n_heads=3, dropout=0.0)
-SRC_LENGTHS, TGT_LENGTHS = (7, 4, 1), (5, 2, 6)
-
-
-def transformer(**changes) -> Transformer:
-    config = replace(SMALL, **changes)
-    return perturbed(Transformer(config, n_vocab=N_VOCAB, max_len=11, pad_id=PAD))
-
-
-def classifier(**changes) -> TransformerClassifier:
-    sizes = {"n_vocab": N_VOCAB, "n_classes": N_CLASSES, "max_len": 11, "pad_id": PAD}
-    return perturbed(TransformerClassifier(replace(SMALL, **changes), **sizes))
-
-
-each_model = pytest.mark.parametrize("make", [transformer, classifier])
-
-
-def sentences(lengths: tuple[int, ...]) -> Tensor:
-    return pad([torch.randint(EOS + 1, N_VOCAB, (n,)).tolist() for n in lengths], PAD)
-
-
-def inputs(make) -> tuple[Tensor, Tensor]:
-    """src and tgt_in of a model of that kind."""
-    start = torch.full((len(SRC_LENGTHS), 1), BOS)
-    return sentences(SRC_LENGTHS), sentences(TGT_LENGTHS) if make is transformer else start
+pytestmark = pytest.mark.usefixtures("seeded_float64")
 
 
 def other_token(token: Tensor) -> Tensor:
@@ -84,16 +45,15 @@ def other_token(token: Tensor) -> Tensor:
 
 
 def differs(a: Tensor, b: Tensor) -> Tensor:
-    """At which positions two (b, l, n) are not the same; rounding does not count."""
+    """The positions at which two (b, l, n) differ by more than rounding."""
     return (a - b).abs().amax(dim=-1) > 1e-9
 
 
-# -------------------------------------------------------------------------------------------------
-# Equality with torch.nn and with the paper
+# ------------------------------------------------------- compared with torch.nn and with the papers
 
 
 def layer_pairs(ours: nn.Module, theirs: nn.Module):
-    """Each parameter of torch's layer, with those of ours which, stacked, are the same."""
+    """Each parameter of torch's layer with ours, which are the same when stacked."""
     yield from attention_pairs(ours.self_attention, theirs.self_attn)
     norms = [(ours.norm_1, theirs.norm1), (ours.norm_2, theirs.norm2)]
     if isinstance(ours, DecoderLayer):
@@ -110,13 +70,13 @@ def layer_pairs(ours: nn.Module, theirs: nn.Module):
         yield their_W.bias, [our_W.bias]
 
 
-def torch_layer(kind: type[nn.Module], activation: str = "relu") -> nn.Module:
+def torch_layer(kind: type[nn.Module], activation=F.relu) -> nn.Module:
     sizes = SMALL.d_model, SMALL.n_heads, SMALL.d_ff
     return kind(*sizes, dropout=0.0, activation=activation, batch_first=True, norm_first=False)
 
 
 def masks(src: Tensor, tgt_in: Tensor) -> tuple[dict, dict]:
-    """torch's arguments of the same meaning, for an encoder and for a decoder: True hides."""
+    """The masks as torch's encoder and decoder take them: True hides."""
     encoder = {"src_key_padding_mask": src == PAD}
     decoder = {
         "tgt_mask": torch.ones(tgt_in.shape[1], tgt_in.shape[1]).triu(1).bool(),
@@ -126,25 +86,25 @@ def masks(src: Tensor, tgt_in: Tensor) -> tuple[dict, dict]:
     return encoder, decoder
 
 
-def assert_same_training(ours, theirs, pairs, inputs, there, tolerance) -> None:
+def assert_same_training(ours, theirs, pairs, inputs, present, tolerance) -> None:
     """Equal outputs where tokens are, and equal gradients of inputs and weights."""
     gradients = []
     for Y in (ours, theirs):
         for X in inputs:
             X.grad = None
-        backward(Y[there])
+        backward(Y[present])
         gradients.append([X.grad for X in inputs])
-    assert_close(ours[there], theirs[there], rtol=tolerance, atol=tolerance)
+    assert_close(ours[present], theirs[present], rtol=tolerance, atol=tolerance)
     assert_close(gradients[0], gradients[1], rtol=tolerance, atol=tolerance)
     assert_equal_gradients(pairs, tolerance)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @each_dtype
-def test_encoder_layer_is_torch_encoder_layer(dtype, activation):
+def test_encoder_layer_matches_torch_encoder_layer(dtype, activation):
     torch.set_default_dtype(dtype)
     ours = perturbed(EncoderLayer(replace(SMALL, activation=activation)))
-    theirs = torch_layer(nn.TransformerEncoderLayer, activation)
+    theirs = torch_layer(nn.TransformerEncoderLayer, ACTIVATIONS[activation])
     pairs = list(layer_pairs(ours, theirs))
     copy_weights(ours, theirs, pairs)
     src = sentences(SRC_LENGTHS)
@@ -155,7 +115,7 @@ def test_encoder_layer_is_torch_encoder_layer(dtype, activation):
 
 
 @each_dtype
-def test_decoder_layer_is_torch_decoder_layer(dtype):
+def test_decoder_layer_matches_torch_decoder_layer(dtype):
     torch.set_default_dtype(dtype)
     ours, theirs = perturbed(DecoderLayer(SMALL)), torch_layer(nn.TransformerDecoderLayer)
     pairs = list(layer_pairs(ours, theirs))
@@ -164,18 +124,18 @@ def test_decoder_layer_is_torch_decoder_layer(dtype):
     X = torch.randn(*tgt_in.shape, SMALL.d_model, requires_grad=True)
     memory = torch.randn(*src.shape, SMALL.d_model, requires_grad=True)
     _, hide = masks(src, tgt_in)
-    Y = ours(X, memory, causal_mask(tgt_in.shape[1], X.device), padding_mask(src, PAD))
+    Y = ours(X, memory, padding_mask(src, PAD))
     expected = theirs(X, memory, **hide)
     assert_same_training(Y, expected, pairs, [X, memory], tgt_in != PAD, TOLERANCE[dtype])
 
 
 @each_dtype
-def test_trunk_is_torch_transformer(dtype):
+def test_trunk_matches_torch_transformer(dtype):
     torch.set_default_dtype(dtype)
     ours = transformer()
     encoder_layer = torch_layer(nn.TransformerEncoderLayer)
     decoder_layer = torch_layer(nn.TransformerDecoderLayer)
-    # With encoder and decoder of its own making torch would end both in a norm the paper has not.
+    # torch's own encoder and decoder end in a norm that the paper does not have.
     theirs = nn.Transformer(
         SMALL.d_model,
         SMALL.n_heads,
@@ -196,39 +156,6 @@ def test_trunk_is_torch_transformer(dtype):
     assert_same_training(Y, expected, pairs, [W_e], tgt_in != PAD, TOLERANCE[dtype])
 
 
-def fa_transformer(z: list[int], x: list[int], model: Transformer) -> np.ndarray:
-    """Algorithm 8 up to W_u X, its softmax left out: (n_vocab, length of x).
-
-    The factor of the embedding and the sinusoids are AIAYN's.
-    """
-    W_e = as_numpy(model.embedding.W_e).T
-    d_e = len(W_e)
-    W_p = fa_sinusoids(d_e, 11)
-
-    def embed(ids):
-        e = [math.sqrt(d_e) * fa_token_embedding(v, W_e) + W_p[:, t] for t, v in enumerate(ids)]
-        return np.stack(e, axis=1)
-
-    def norm(X, module):
-        gamma, beta = as_numpy(module.gamma), as_numpy(module.beta)
-        return np.stack([fa_layer_norm(e, gamma, beta) for e in X.T], axis=1)
-
-    Z = embed(z)
-    see_all = np.ones((len(z), len(z)), dtype=bool)
-    for layer in model.encoder:
-        Z = norm(Z + fa_mhattention(Z, Z, layer.self_attention, see_all), layer.norm_1)
-        Z = norm(Z + fa_mlp(Z, layer.feed_forward), layer.norm_2)
-
-    X = embed(x)
-    Mask = np.array([[t <= t_x for t_x in range(len(x))] for t in range(len(x))])
-    see_all = np.ones((len(z), len(x)), dtype=bool)
-    for layer in model.decoder:
-        X = norm(X + fa_mhattention(X, X, layer.self_attention, Mask), layer.norm_1)
-        X = norm(X + fa_mhattention(X, Z, layer.cross_attention, see_all), layer.norm_2)
-        X = norm(X + fa_mlp(X, layer.feed_forward), layer.norm_3)
-    return W_e.T @ X
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_transformer_is_algorithm_8(form):
     model = transformer(attention=form, d_attn=5, d_mid=7)
@@ -238,38 +165,46 @@ def test_transformer_is_algorithm_8(form):
         assert_columns(logits[:l_x], fa_transformer(z[:l_z], x[:l_x], model))
 
 
+@combinations()
 @each_model
-@each_dtype
-def test_the_forms_agree_and_share_their_weights(dtype, make):
-    torch.set_default_dtype(dtype)
-    first = make()
+def test_the_forms_agree_and_share_their_weights(make, choice):
     src, tgt_in = inputs(make)
-    results = []
-    for form in FORMS:
-        model = make(attention=form)
-        model.load_state_dict(first.state_dict(), strict=True)
+    results, weights = [], None
+    for form in (choice["attention"], "list"):
+        model = make(**choice | {"attention": form})
+        weights = weights or model.state_dict()
+        model.load_state_dict(weights, strict=True)
         logits = model(src, tgt_in)
         backward(logits)
         results.append((logits, *(p.grad for p in model.parameters())))
-    tolerance = TOLERANCE[dtype]
-    assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
-    assert_close(results[2], results[0], rtol=tolerance, atol=tolerance)
+    assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
-# -------------------------------------------------------------------------------------------------
-# What depends on what
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_the_model_compiles_to_one_graph_for_changing_lengths(form):
+    model = transformer(attention=form)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for lengths in (SRC_LENGTHS, TGT_LENGTHS, (3, 8, 9)):
+        ids = sentences(lengths)
+        assert_close(compiled(ids, ids), model(ids, ids), rtol=1e-12, atol=1e-12)
 
 
+# ----------------------------------------------------------------------------- what depends on what
+
+
+@combinations()
 @each_model
-def test_more_padding_changes_nothing(make):
-    model, (src, tgt_in) = make(), inputs(make)
+def test_more_padding_changes_nothing(make, choice):
+    model, (src, tgt_in) = make(**choice), inputs(make)
     logits = model(src, tgt_in)
     wider = model(F.pad(src, (0, 4), value=PAD), F.pad(tgt_in, (0, 3), value=PAD))
     assert_close(wider[:, : tgt_in.shape[1]], logits, rtol=1e-12, atol=1e-12)
 
 
-def test_a_target_token_changes_its_own_and_later_logits_only():
-    model = transformer()
+@combinations()
+def test_a_target_token_changes_its_own_and_later_logits_only(choice):
+    model = transformer(**choice)
     src, tgt_in = sentences((7, 4)), sentences((6, 6))
     logits = model(src, tgt_in)
     for t in range(6):
@@ -279,9 +214,10 @@ def test_a_target_token_changes_its_own_and_later_logits_only():
         assert torch.equal(differs(model(src, changed), logits), expected)
 
 
+@combinations()
 @each_model
-def test_every_source_token_changes_all_logits_of_its_sentence(make):
-    model, (src, tgt_in) = make(), inputs(make)
+def test_every_source_token_changes_all_logits_of_its_sentence(make, choice):
+    model, (src, tgt_in) = make(**choice), inputs(make)
     logits = model(src, tgt_in)
     for row, length in enumerate(SRC_LENGTHS):
         for t in range(length):
@@ -291,33 +227,32 @@ def test_every_source_token_changes_all_logits_of_its_sentence(make):
             assert torch.equal(differs(model(changed, tgt_in), logits), expected)
 
 
+@combinations()
 @each_model
-@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
-def test_every_parameter_gets_a_gradient(make, positions):
-    model = make(positions=positions)
+def test_every_parameter_gets_a_gradient(make, choice):
+    model = make(**choice)
     backward(model(*inputs(make)))
 
-    def can_learn(name):
-        # What is added to all keys alike adds the same to all scores of a query: softmax is blind.
+    def must_learn(name):
+        # Softmax ignores a constant, and this bias adds one to all scores of a query.
         if name.endswith("W_k.bias"):
             return False
-        # The classifier's decoder has one token, which attends to itself whatever its score.
+        # The classifier's decoder has one token, which attends to itself whatever the score.
         alone = make is classifier and name.startswith("decoder")
         return not (alone and ("self_attention.W_q" in name or "self_attention.W_k" in name))
 
     largest = {name: p.grad.abs().max().item() for name, p in model.named_parameters()}
-    assert {n for n, g in largest.items() if g > 1e-6} == set(filter(can_learn, largest))
+    assert [n for n, g in largest.items() if g <= 1e-6 and must_learn(n)] == []
 
 
-# -------------------------------------------------------------------------------------------------
-# Weights: tied, counted, begun
+# -------------------------------------------------------------- weights: tied, counted, initialized
 
 
 def test_one_matrix_embeds_both_sides_and_unembeds():
     model = transformer()
     shapes = [p.shape for p in model.parameters()]
     assert shapes.count((N_VOCAB, SMALL.d_model)) == 1
-    model.load_state_dict(transformer().state_dict())  # as after a checkpoint
+    model.load_state_dict(transformer().state_dict())  # as when a checkpoint is loaded
 
     in_src, in_tgt, nowhere = 5, 6, 7
     src, tgt_in = torch.tensor([[3, in_src, 4]]), torch.tensor([[BOS, in_tgt]])
@@ -346,7 +281,7 @@ def paper_size(config: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("size, millions", [("base", 65), ("big", 213)])
-def test_the_named_sizes_are_the_papers(size, millions):
+def test_named_sizes_match_the_paper(size, millions):
     assert paper_size(SIZES[size]) == pytest.approx(millions * 1e6, rel=0.04)
 
 
@@ -363,10 +298,10 @@ def test_the_named_sizes_are_the_papers(size, millions):
         ({"d_ff": 4096}, 90),
     ],
 )
-def test_table_3_differs_from_base_as_in_the_paper(changes, millions):
-    # Differences, for the count of base itself hangs on a vocabulary the paper tells roughly.
+def test_rows_of_table_3_differ_from_base_as_in_the_paper(changes, millions):
+    # Differences, because the size of base depends on a vocabulary that the paper gives roughly.
     difference = paper_size(replace(BASE, **changes)) - paper_size(BASE)
-    assert difference / 1e6 == pytest.approx(millions - 65, abs=1)  # both were rounded
+    assert difference / 1e6 == pytest.approx(millions - 65, abs=1)  # the paper rounds both
 
 
 @pytest.mark.parametrize(
@@ -376,17 +311,17 @@ def test_table_3_differs_from_base_as_in_the_paper(changes, millions):
         ({"d_model": 1024, "d_attn": 128, "d_mid": 128}, 168),
     ],
 )
-def test_table_3_with_another_d_model_has_the_papers_size(changes, millions):
+def test_rows_of_table_3_with_another_d_model_match_the_paper(changes, millions):
     assert paper_size(replace(BASE, **changes)) == pytest.approx(millions * 1e6, rel=0.05)
 
 
-def test_learned_positions_add_their_matrix():
+def test_learned_positions_add_one_matrix():
     difference = paper_size(replace(BASE, positions="learned")) - paper_size(BASE)
     assert difference == 512 * 512
 
 
 def test_count_parameters_by_hand():
-    # 12 x 12 and a bias, four times; two matrices of 12 x 20; gamma and beta.
+    # Four times 12 x 12 and a bias; two matrices of 12 x 20 and biases; gamma and beta.
     attention, feed_forward, norm = 4 * (144 + 12), 2 * 240 + 20 + 12, 24
     encoder, decoder = attention + feed_forward + 2 * norm, 2 * attention + feed_forward + 3 * norm
     trunk = N_VOCAB * 12 + 2 * (encoder + decoder)
@@ -394,8 +329,8 @@ def test_count_parameters_by_hand():
     assert count_parameters(classifier()) == trunk + 12 * N_CLASSES + N_CLASSES
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
-def test_fresh_weights_give_unit_logits_and_attention_that_is_spread(positions):
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_initial_weights_give_unit_logits_and_spread_attention(positions):
     torch.set_default_dtype(torch.float32)
     config = replace(BASE, n_layers=2, d_ff=1024, dropout=0.0, positions=positions)
     model = Transformer(config, n_vocab=1000, max_len=32, pad_id=PAD)
@@ -403,13 +338,12 @@ def test_fresh_weights_give_unit_logits_and_attention_that_is_spread(positions):
     with torch.no_grad():
         assert 0.5 < model(src, tgt_in).std() < 2
         X, module = model.embed(src), model.encoder[0].self_attention
-        Q, K = (W(X).unflatten(-1, (8, -1)).transpose(1, 2) for W in (module.W_q, module.W_k))
-        alpha = attention_weights(Q, K)  # (b, h, l_x, l_z)
+        alpha = module.weights(X, X)  # (b, h, l_x, l_z)
     entropy = -(alpha * alpha.log()).sum(dim=-1).mean() / math.log(24)  # 1: uniform, 0: one token
     assert 0.5 < entropy < 0.99
 
 
-def test_no_two_layers_and_no_two_seeds_begin_alike():
+def test_initial_weights_differ_between_layers_and_seeds():
     matrices = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -423,7 +357,7 @@ def test_no_two_layers_and_no_two_seeds_begin_alike():
     "changes, expected",
     [
         ({}, []),
-        ({"n_heads": 5}, [("--d-model 12", "does not divide by --n-heads 5")]),
+        ({"n_heads": 5}, [("--d-model 12", "not a multiple of --n-heads 5")]),
         ({"n_heads": 5, "d_attn": 4}, [("--d-model 12", "--n-heads 5")]),
         ({"n_heads": 5, "d_attn": 4, "d_mid": 7}, []),
         ({"d_model": 9}, [("--d-model 9", "odd")]),
@@ -431,7 +365,7 @@ def test_no_two_layers_and_no_two_seeds_begin_alike():
         ({"d_model": 9, "n_heads": 2}, [("--d-model 9", "--n-heads 2"), ("--d-model 9", "odd")]),
     ],
 )
-def test_problems_name_what_cannot_work_and_what_would(changes, expected):
+def test_problems_name_the_options_and_a_remedy(changes, expected):
     config = replace(SMALL, **changes)
     problems = config.problems()
     assert len(problems) == len(expected)
@@ -442,12 +376,11 @@ def test_problems_name_what_cannot_work_and_what_would(changes, expected):
         assert model(*inputs(transformer)).isfinite().all()
 
 
-# -------------------------------------------------------------------------------------------------
-# Dropout
+# ------------------------------------------------------------------------------------------ dropout
 
 
 @each_model
-def test_dropout_acts_in_training_only(make):
+def test_dropout_is_active_in_training_only(make):
     model, (src, tgt_in) = make(dropout=0.2), inputs(make)
     assert differs(model(src, tgt_in), model(src, tgt_in)).all()
     model.eval()
@@ -464,232 +397,13 @@ def test_dropout_is_on_both_embeddings_and_every_sub_layer():
 
 
 def test_dropout_is_before_the_sum_and_the_norm():
-    config = replace(SMALL, dropout=1.0)  # every sub-layer gives 0, and the sum is what went in
+    config = replace(
+        SMALL, dropout=1.0
+    )  # every sub-layer gives 0, so the residual sum is its input
     encoder, decoder = perturbed(EncoderLayer(config)), perturbed(DecoderLayer(config))
     X = torch.randn(2, 3, SMALL.d_model)
     assert_close(encoder(X, None), encoder.norm_2(encoder.norm_1(X)))
     norms = decoder.norm_3(decoder.norm_2(decoder.norm_1(X)))
-    assert_close(decoder(X, X, None, None), norms)
+    assert_close(decoder(X, X, None), norms)
     model = transformer(dropout=1.0)
     assert not model.embed(sentences(SRC_LENGTHS)).any()
-
-
-# -------------------------------------------------------------------------------------------------
-# Loss and update
-
-
-def batch_of(make, src_lengths=SRC_LENGTHS, tgt_lengths=TGT_LENGTHS) -> Batch:
-    src = sentences(src_lengths)
-    if make is transformer:
-        tgt = sentences(tgt_lengths)
-        tgt_in, tgt_out = tgt, torch.where(tgt == PAD, NO_TARGET, tgt)
-    else:
-        tgt_in = torch.full((len(src), 1), BOS)
-        tgt_out = torch.randint(N_CLASSES, tgt_in.shape)
-    n_targets = int((tgt_out != NO_TARGET).sum())
-    return Batch(src, tgt_in, tgt_out, n_targets, n_tokens=0)
-
-
-def concatenated(batches: list[Batch]) -> Batch:
-    def rows(name, value):
-        return pad([row for b in batches for row in getattr(b, name).tolist()], value)
-
-    n_targets = sum(batch.n_targets for batch in batches)
-    tensors = rows("src", PAD), rows("tgt_in", PAD), rows("tgt_out", NO_TARGET)
-    return Batch(*tensors, n_targets, n_tokens=0)
-
-
-def step(model, batches, optimizer, *, lr=1e-3, max_norm=1e9, scaled=False) -> Tensor:
-    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-    rest = {"lr": lr, "max_norm": max_norm, "label_smoothing": 0.1}
-    return train_step(model, batches, optimizer, scaler, contextlib.nullcontext(), **rest)
-
-
-def step_on_meta(make, wrong=None) -> Tensor:
-    """Where no tensor has a value: what asks for one, or meets a tensor of the CPU, fails."""
-    model = make(dropout=0.1).to("meta")
-    if wrong is not None:
-        model.register_forward_hook(lambda module, args, logits: wrong(logits))
-    optimizer = build_optimizer(model, weight_decay=0.01, fused=False)
-    batches = [batch_of(make).to(torch.device("meta")) for _ in range(2)]
-    return step(model, batches, optimizer, max_norm=1.0)
-
-
-@each_model
-def test_a_step_asks_the_device_for_nothing(make):
-    sums = step_on_meta(make)
-    assert sums.shape == (2,) and sums.is_meta
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda logits: logits * logits.max().item(),
-        lambda logits: logits + torch.ones(logits.shape),
-        lambda logits: logits[logits > 0],
-    ],
-    ids=["item", "cpu", "shape"],
-)
-@each_model
-def test_the_meta_device_would_tell(make, wrong):
-    with pytest.raises(RuntimeError, match=r"meta"):
-        step_on_meta(make, wrong)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_is_the_formula_and_torch_cross_entropy(smoothing):
-    n = 7
-    logits = torch.randn(2, 4, n, requires_grad=True)
-    tgt_out = torch.tensor([[3, 0, 6, NO_TARGET], [1, NO_TARGET, NO_TARGET, NO_TARGET]])
-    loss_sum, nll_sum = loss_sums(logits, tgt_out, smoothing)
-
-    by_hand = {0.0: 0.0, smoothing: 0.0}
-    for scores, target in zip(as_numpy(logits).reshape(-1, n), tgt_out.flatten().tolist()):
-        if target != NO_TARGET:
-            log_p = np.log(np.exp(scores) / np.exp(scores).sum())
-            for s in by_hand:
-                q = np.full(n, s / n) + (1 - s) * np.eye(n)[target]
-                by_hand[s] -= (q * log_p).sum()
-    assert loss_sum.item() == pytest.approx(by_hand[smoothing], rel=1e-6)
-    assert nll_sum.item() == pytest.approx(by_hand[0.0], rel=1e-6)
-
-    rest = {"reduction": "sum", "label_smoothing": smoothing, "ignore_index": NO_TARGET}
-    expected = F.cross_entropy(logits.flatten(0, 1), tgt_out.flatten(), **rest)
-    assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
-    (gradient,) = torch.autograd.grad(loss_sum, logits)
-    assert_close(gradient, torch.autograd.grad(expected, logits)[0], rtol=1e-6, atol=1e-6)
-    assert not nll_sum.requires_grad
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """Unlike Adam's, its update shows the length of the gradient."""
-    return torch.optim.SGD(model.parameters(), lr=0.0)
-
-
-def weights_of(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-@each_model
-def test_micro_batches_of_unequal_size_and_one_batch_are_the_same_update(make):
-    first, (few, many) = make(), (((3, 5), (2, 1)), ((7, 1, 4, 2), (4, 6, 3, 6)))
-    batches = [batch_of(make, *few), batch_of(make, *many)]
-    whole = concatenated(batches)
-
-    results = []
-    for parts in (batches, [whole]):
-        model = make()
-        model.load_state_dict(first.state_dict())
-        sums = step(model, parts, sgd(model))
-        assert all(p.grad is None for p in model.parameters())  # or the next update has it too
-        results.append((weights_of(model), sums))
-    (in_parts, sums), (at_once, sums_at_once) = results
-    assert_close(in_parts, at_once, rtol=0, atol=1e-10)
-    assert_close(sums, sums_at_once)
-
-    logits = first(whole.src, whole.tgt_in)
-    flat, targets = logits.flatten(0, 1), whole.tgt_out.flatten()
-    F.cross_entropy(flat, targets, label_smoothing=0.1, ignore_index=NO_TARGET).backward()
-    descent = torch.cat([p.grad.flatten() for p in first.parameters()])
-    # The loss is computed in float32, this one in float64.
-    assert_close(in_parts, weights_of(first) - 1e-3 * descent, rtol=0, atol=1e-8)
-    nll = F.cross_entropy(flat, targets, reduction="sum", ignore_index=NO_TARGET)
-    right = (flat.argmax(dim=-1) == targets).sum()
-    assert_close(sums, torch.stack((nll.detach(), right)).float())
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_max_norm_shortens_a_long_gradient_and_leaves_a_short_one(scaled):
-    first, batch, updates = transformer(), batch_of(transformer), []
-    for max_norm in (1e9, 1e3, 0.1):
-        model = transformer()
-        model.load_state_dict(first.state_dict())
-        step(model, [batch], sgd(model), lr=1.0, max_norm=max_norm, scaled=scaled)
-        updates.append(weights_of(model) - weights_of(first))
-    long, untouched, short = updates
-    assert 0.2 < long.norm() < 1e3
-    assert_close(untouched, long, rtol=1e-6, atol=1e-10)
-    assert_close(short, long * 0.1 / long.norm(), rtol=1e-5, atol=1e-10)
-
-
-def test_the_optimizer_is_the_papers_adam_and_decays_matrices_only():
-    model = transformer()
-    optimizer = build_optimizer(model, weight_decay=0.5)
-    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.98), 1e-9)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
-    optimizer.step()
-    for name, p in model.named_parameters():
-        assert_close(p.detach(), before[name] * (0.95 if p.ndim == 2 else 1))
-
-
-@pytest.mark.parametrize("step", [1, 2000, 4000, 40_000])
-def test_learning_rate_is_equation_3(step):
-    size = {"d_model": 512, "warmup_steps": 4000}
-    rest = {"schedule": "inverse_sqrt", "warmup_steps": 4000, "n_steps": 100_000}
-    expected = 512**-0.5 * min(step**-0.5, step * 4000**-1.5)
-    assert lr_at(step, peak=paper_lr(**size), **rest) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("schedule, quarter", [("linear", 0.75), ("cosine", 0.5 + 0.125**0.5)])
-def test_learning_rate_falls_from_the_peak_to_0_one_update_after_the_last(schedule, quarter):
-    def lr(step):
-        return lr_at(step, peak=2.0, schedule=schedule, warmup_steps=100, n_steps=499)
-
-    assert [lr(1), lr(50), lr(100)] == [0.02, 1.0, 2.0]
-    assert lr(200) == pytest.approx(2.0 * quarter)
-    assert lr(300) == pytest.approx(1.0)
-    assert 0 < lr(499) < 0.006
-    assert lr(500) == lr(900) == 0
-
-
-def test_constant_learning_rate_stays_at_its_peak():
-    rest = {"schedule": "constant", "warmup_steps": 10, "n_steps": 20}
-    assert [lr_at(step, peak=2.0, **rest) for step in (5, 10, 20)] == [1.0, 2.0, 2.0]
-
-
-@pytest.mark.parametrize("step, warmup_steps", [(0, 10), (1, 0)])
-def test_steps_count_from_1(step, warmup_steps):
-    with pytest.raises(ValueError, match=f"step {step} and warmup_steps {warmup_steps}"):
-        lr_at(step, peak=1.0, schedule="linear", warmup_steps=warmup_steps, n_steps=20)
-
-
-def test_average_is_the_mean_of_each_weight():
-    models = [transformer() for _ in range(3)]
-    mean = average(model.state_dict() for model in models)
-    assert mean.keys() == models[0].state_dict().keys()
-    for name, p in mean.items():
-        a, b, c = (model.state_dict()[name] for model in models)
-        assert_close(p, (a + b + c) / 3, rtol=1e-12, atol=1e-12)
-
-
-def test_disagreement_is_the_mean_of_both_divergences_over_the_targets():
-    halves = torch.randn(2, 3, 4, 7)
-    tgt_out = torch.tensor([[3, 0, 6, 1], [1, 5, NO_TARGET, NO_TARGET], [2] + 3 * [NO_TARGET]])
-    p, q = (half.log_softmax(-1)[tgt_out != NO_TARGET] for half in halves)
-    there, back = (
-        F.kl_div(a, b, log_target=True, reduction="sum").item() for a, b in ((q, p), (p, q))
-    )
-    said = disagreement_sum(halves.flatten(0, 1), tgt_out.repeat(2, 1))
-    assert said.item() == pytest.approx((there + back) / 2, rel=1e-5)
-
-
-@pytest.mark.parametrize("dropout, agree", [(0.0, True), (0.3, False)])
-def test_r_drop_without_dropout_is_the_same_update(dropout, agree):
-    weights = []
-    for r_drop in (0.0, 5.0):
-        torch.manual_seed(0)
-        config = ModelConfig(n_layers=1, d_model=16, d_ff=16, n_heads=2, dropout=dropout)
-        model = Transformer(config, n_vocab=11, max_len=9, pad_id=0)
-        ids = torch.randint(3, 11, (3, 5))
-        batch = Batch(ids, ids, ids, n_targets=15, n_tokens=30)
-        optimizer = torch.optim.SGD(model.parameters())
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        rates = {"lr": 0.1, "max_norm": 1e9, "label_smoothing": 0.1, "r_drop": r_drop}
-        sums = train_step(model, [batch], optimizer, scaler, contextlib.nullcontext(), **rates)
-        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
-        assert 0 < sums[0].item() / 15 < 10
-    assert torch.allclose(*weights, atol=1e-6) == agree

@@ -1,0 +1,302 @@
+"""From options to a job: device, data and model of a new, a resumed or a finished run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from comp_utils import machine_facts, pick_device, say, set_seed, set_up, warn
+from config import DataConfig, DecodingConfig, ModelConfig, TokenizerConfig, TrainingConfig
+from data import TextData
+from ddp_utils import (
+    broadcast,
+    broadcast_from_rank_zero,
+    broadcast_tensors,
+    local_rank,
+    local_rank_zero_first,
+    local_world_size,
+    raise_on_all_ranks,
+    rank,
+    usable_cores,
+    world_size,
+)
+from decoding import EXTRA_LENGTH
+from errors import BadInput, StopSignals
+from measure import work_fingerprint
+from models import Transformer, TransformerClassifier, count_parameters
+from predict import Predictor
+from procedures import Trainer
+from run_folder import RunFolder
+from settings import (
+    BATCH_LIMITS,
+    FIXED_ON_RESUME,
+    command_problems,
+    extract_config,
+    field_names,
+    format_option,
+    option_problems,
+    resolve,
+    saved_options,
+)
+from splits import Splits, check_labels, class_names, embedded, load_splits
+from tokenization import TextCodec, as_codec, get_tokenizer, read_tokenizer
+
+Inspect = Callable[[int], tuple[dict[str, float], list[str]]]  # see Trainer
+Options = SimpleNamespace  # every option of the command line, by field name
+
+
+# -------------------------------------------------------------------------------------------- a job
+
+
+@dataclass
+class Job:
+    """What a command works on: options, device, model, and the data if it needs any."""
+
+    options: Options
+    device: torch.device
+    codec: TextCodec
+    classes: list[str] | None  # None for translation
+    model: Transformer | TransformerClassifier
+    data: TextData | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # for config.json and records
+    notes: list[str] = field(default_factory=list)  # about the files of the data set
+
+    @property
+    def predictor(self) -> Predictor:
+        """The model, ready to answer texts."""
+        options = self.options
+        return Predictor(
+            self.model,
+            self.codec,
+            self.classes,
+            max_length=options.max_length,
+            batch_size=options.batch_size,
+            batch_tokens=options.batch_tokens,
+            search=extract_config(DecodingConfig, options),
+            device=self.device,
+            precision=options.precision,
+        )
+
+    def trainer(
+        self, folder: RunFolder, signals: StopSignals, inspect: Inspect = lambda epoch: ({}, [])
+    ) -> Trainer:
+        """The trainer of the model."""
+        options = self.options
+        return Trainer(
+            self.model,
+            self.data,
+            extract_config(TrainingConfig, options),
+            folder,
+            device=self.device,
+            precision=options.precision,
+            seed=options.seed,
+            compiled=options.compile,
+            signals=signals,
+            inspect=inspect,
+        )
+
+
+def build_model(
+    options: Options, codec: TextCodec, classes: list[str] | None
+) -> Transformer | TransformerClassifier:
+    """The model that the options describe, with fresh weights."""
+    sizes = {"n_vocab": codec.n_vocab, "pad_id": codec.pad_id}
+    sizes["max_len"] = max(options.max_length, options.pad_to) + EXTRA_LENGTH
+    config = extract_config(ModelConfig, options)
+    if classes is None:
+        return Transformer(config, **sizes)
+    return TransformerClassifier(config, n_classes=len(classes), **sizes)
+
+
+def own_device(options: Options) -> torch.device:
+    """The device of this process, set up. Raises BadInput."""
+    where = {"local_rank": local_rank(), "local_world_size": local_world_size()}
+    device = pick_device(options.device, options.precision, **where)
+    set_up(device, tf32=options.tf32, deterministic=options.deterministic)
+    return device
+
+
+@contextmanager
+def add_to(problems: list[str]) -> Iterator[None]:
+    """A BadInput raised in the block joins the problems, to be reported with all others."""
+    try:
+        yield
+    except BadInput as error:
+        problems += error.lines
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raises BadInput if there are any."""
+    if problems:
+        raise BadInput(*problems)
+
+
+def start(given: dict[str, Any], problems: list[str]) -> tuple[Options, torch.device, RunFolder]:
+    """Options, device and folder of a new run. Nothing is written yet. Raises BadInput."""
+    options, device, folder = resolve(given), None, None
+    with raise_on_all_ranks():
+        problems += option_problems(options, given)
+        with add_to(problems):
+            device = own_device(options)
+        with add_to(problems):
+            folder = RunFolder.choose(options.run_dir, options.dataset, options.overwrite)
+        raise_problems(problems)
+    set_seed(options.seed)
+    return options, device, broadcast(folder)  # its name may be the time
+
+
+def load_data(options: Options, tokenizer_of: RunFolder | None = None) -> tuple[TextData, Splits]:
+    """The data set as ids and as text; the tokenizer is a run's, or that of the options.
+
+    Rank 0 trains or reads the tokenizer; one process of each machine prepares the rows for all.
+    """
+    config = extract_config(DataConfig, options)
+    is_classification = options.task == "classification"
+    with local_rank_zero_first():
+        splits = load_splits(config)
+    tables = splits.tables
+
+    def tokenizer_text() -> str:
+        if tokenizer_of:
+            codec = read_tokenizer(str(tokenizer_of.path / RunFolder.TOKENIZER))
+        else:
+            columns = ["source"] if is_classification else ["source", "target"]
+            wanted = extract_config(TokenizerConfig, options)
+            codec = get_tokenizer(wanted, options.dataset, tables["train"], columns)
+        return codec.tokenizer.to_str()
+
+    codec = as_codec(Tokenizer.from_str(broadcast_from_rank_zero(tokenizer_text)))
+    with local_rank_zero_first():
+        n = len(tables["train"])
+        if n < world_size():
+            raise BadInput(
+                f"--dataset {options.dataset}: {n} training sentences for {world_size()} "
+                f"processes; start at most {n}"
+            )
+        classes = class_names(tables) if is_classification else None
+        if classes:
+            check_labels(tables, classes)
+        return TextData(config, tables, codec, classes), splits
+
+
+def prepare(options: Options, device: torch.device, tokenizer_of: RunFolder | None = None) -> Job:
+    """Data and a fresh model."""
+    data, splits = load_data(options, tokenizer_of)
+    model = build_model(options, data.codec, data.classes).to(device)
+    plan, config = data.plan_fingerprint(options.seed), extract_config(ModelConfig, options)
+    facts = {
+        "classes": data.classes,
+        "parameters": count_parameters(model),
+        "files": splits.sources,
+        "data_fingerprint": data.fingerprint,
+        "plan_fingerprint": plan,
+        "work_fingerprint": work_fingerprint(plan, config, options.r_drop),
+        "processes": world_size(),
+        **machine_facts(device),
+    }
+    notes = splits.notes if options.dataset in embedded() else [splits.summary, *splits.notes]
+    return Job(options, device, data.codec, data.classes, model, data, facts, notes)
+
+
+def say_facts(job: Job, folder: RunFolder | None) -> None:
+    """What a run is about to do. folder: None if nothing will be written."""
+    options, data, facts = job.options, job.data, job.facts
+    classes, n = data.classes, facts["threads"]
+    targets = ", ".join(c[:20] for c in classes[:10]) if classes else options.target_column
+    processes = f"{facts['processes']} processes of " if facts["processes"] > 1 else ""
+    say(
+        f"{facts['device_name']} ({facts['device']}), {processes}{n} thread{'s' * (n != 1)}, "
+        f"torch {facts['torch']}, {options.precision}",
+        f"{options.task}, {options.dataset}: {options.source_column} -> {targets}",
+        *(f"  {line}" for line in [*job.notes, *map(data.report, data.rows)]),
+        f"tokenizer of {data.codec.n_vocab:,} tokens; model of {facts['parameters']:,} parameters",
+        f"batch plan {facts['plan_fingerprint']}{f'; run folder {folder.path}' if folder else ''}",
+    )
+
+
+def changed_options(
+    given: dict[str, Any], problems: list[str], folder: RunFolder, config: dict[str, Any]
+) -> tuple[Options, list[str]]:
+    """The options of a run with those given, and words about each that changed. Raises BadInput."""
+    with raise_on_all_ranks():
+        saved = saved_options(config, folder.path / folder.CONFIG)
+        given = {name: value for name, value in given.items() if name not in ("run_dir", "resume")}
+        changed = {name: value for name, value in given.items() if value != saved[name]}
+        problems += [
+            f"{format_option(name, value)}: the run in {folder.path} has {saved[name]}, and cannot "
+            "be resumed with another value; leave it out, or start a new run"
+            for name, value in changed.items()
+            if name in FIXED_ON_RESUME
+        ]
+        raise_problems(problems)
+        options = SimpleNamespace(**{**saved, **changed, "run_dir": str(folder.path)})
+        raise_problems(option_problems(options, {}))
+    return options, [f"{format_option(name, v)} (was {saved[name]})" for name, v in changed.items()]
+
+
+def restore_threads(config: dict[str, Any]) -> None:
+    """Uses the threads of the run so far: with another number, sums are rounded in another order
+    and the run ends with other digits."""
+    n, n_now = config.get("threads", torch.get_num_threads()), torch.get_num_threads()
+    if n * local_world_size() <= max(usable_cores(), n_now * local_world_size()):
+        torch.set_num_threads(n)
+    elif n != n_now:
+        warn(
+            f"the run so far used {n} threads a process, and this machine has {usable_cores()} "
+            f"cores: with {n_now} threads it will not end with the same digits"
+        )
+
+
+def check_same_data(options: Options, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises BadInput if the data of a run changed."""
+    for name in ("classes", "data_fingerprint", "plan_fingerprint"):
+        if facts[name] != config.get(name):
+            raise BadInput(
+                f"--resume: {options.dataset} is not the data that the run started with (another "
+                f"{name.replace('_', ' ')}); restore the data, or start a new run"
+            )
+
+
+def load_job(given: dict[str, Any], problems: list[str]) -> tuple[Job, RunFolder]:
+    """The trained model of --run-dir, without data, and its folder. Raises BadInput."""
+    folder = broadcast_from_rank_zero(RunFolder.find, given.get("run_dir"), RunFolder.WEIGHTS)
+    config = broadcast_from_rank_zero(folder.read_config)
+    with raise_on_all_ranks():
+        saved = saved_options(config, folder.path / folder.CONFIG)
+        limits = dict.fromkeys(BATCH_LIMITS) if BATCH_LIMITS & given.keys() else {}
+        options, device = SimpleNamespace(**{**saved, **limits, **given}), None
+        if options.predict:  # a saved --bleu-tokenize may need a package that predicting does not
+            options.bleu_tokenize = None
+        problems += option_problems(options, {})
+        problems += [
+            f"{format_option(name, given[name])}: has no effect on a classifier; leave it out"
+            for name in sorted(field_names(DecodingConfig) & given.keys())
+            if config["classes"]
+        ]
+        if options.predict == "-" and world_size() > 1:
+            problems.append("--predict -: only one process can read standard input; give a file")
+        with add_to(problems):
+            device = own_device(options)
+        raise_problems(problems)
+    name = str(folder.path / folder.TOKENIZER)
+    text = broadcast_from_rank_zero(lambda: read_tokenizer(name).tokenizer.to_str())
+    codec, classes = as_codec(Tokenizer.from_str(text)), config["classes"]
+    model = build_model(options, codec, classes).to(device)
+    with raise_on_all_ranks():
+        if rank() == 0:
+            model.load_state_dict(folder.read_weights(model), strict=False)  # tied weights: once
+    broadcast_tensors(model.parameters())
+    return Job(options, device, codec, classes, model), folder
+
+
+def load(run_dir: str, **options: Any) -> Predictor:
+    """The trained model of a run folder, for use in Python.
+
+    options: of --predict, by field name, such as device="cpu" or beam_size=1. Raises BadInput.
+    """
+    given = {"run_dir": run_dir, **options}
+    return load_job(given, command_problems(given, ["predict"]))[0].predictor

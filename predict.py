@@ -1,0 +1,192 @@
+"""Answers of a trained model to texts: labels or translations, and attention maps."""
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from comp_utils import autocast, set_up_output
+from config import DecodingConfig
+from data import pad, plan_epoch
+from ddp_utils import broadcast_from_rank_zero, gather, rank, world_size
+from decoding import beam_search, greedy
+from files import TABLE_FORMATS, file_format, read_lines
+from tokenization import TextCodec
+
+PORTION = 4096  # texts sorted by length and answered together
+WAIT = 0.02  # seconds; lines of standard input that arrive within it are answered together
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model with everything it needs to answer texts."""
+
+    model: nn.Module
+    codec: TextCodec
+    classes: list[str] | None  # None for a translator
+    max_length: int  # tokens of a source, end token included; longer ones are cut
+    batch_size: int | None  # sentences in a batch
+    batch_tokens: int | None  # source tokens in a batch, padding included
+    search: DecodingConfig
+    device: torch.device
+    precision: str
+
+    def answer_portions(self, portions: Iterator[list[str]]) -> Iterator[tuple[str, int]]:
+        """(answer, tokens of the text before any cut) for each text in order; ("", 0) if blank.
+
+        Rank 0 reads a portion, all ranks share its batches. Memory is that of one portion.
+        """
+        self.model.eval()
+        while texts := broadcast_from_rank_zero(next, portions, []):
+            ids = self.codec.encode(texts)
+            rows = np.flatnonzero([bool(text.strip()) for text in texts])
+            lengths = np.array([(min(len(row) + 1, self.max_length), 0) for row in ids])
+            size = {"batch_size": self.batch_size, "batch_tokens": self.batch_tokens}
+            plan = plan_epoch(lengths[rows], **size, seed=0, epoch=0)
+            batches = [rows[batch].tolist() for batch in plan if len(batch)]
+            mine = batches[rank() :: world_size()]
+            answered = [(batch, self.answer_batch([ids[i] for i in batch])) for batch in mine]
+            answers = [("", 0)] * len(texts)
+            for batch, found in chain.from_iterable(gather(answered)):
+                for i, answer in zip(batch, found):
+                    answers[i] = answer, len(ids[i]) + 1
+            yield from answers
+
+    def answer(self, texts: Iterable[str]) -> list[str]:
+        """The answers alone; "" for a blank text."""
+        return [answer for answer, _ in self.answer_portions(portions(texts))]
+
+    @torch.inference_mode()
+    def answer_batch(self, ids: list[list[int]]) -> list[str]:
+        """One line per sentence of a batch: "label<TAB>probability", or the translation."""
+        src = [row[: self.max_length - 1] + [self.codec.eos_id] for row in ids]
+        src = pad(src, self.codec.pad_id).to(self.device)  # (b, l_z)
+        with autocast(self.precision, self.device):
+            return self._labels(src) if self.classes else self._translations(src)
+
+    def _labels(self, src: Tensor) -> list[str]:
+        labels = [" ".join(label.split()) for label in self.classes]  # no line break, no tab
+        tgt_in = torch.full((len(src), 1), self.codec.bos_id, device=self.device)
+        p, class_ids = self.model(src, tgt_in)[:, 0].float().softmax(dim=-1).max(dim=-1)  # (b), (b)
+        return [f"{labels[i]}\t{x:.4f}" for i, x in zip(class_ids.tolist(), p.tolist())]
+
+    def _translations(self, src: Tensor) -> list[str]:
+        special = {"bos_id": self.codec.bos_id, "eos_id": self.codec.eos_id}
+        k, alpha = self.search.beam_size, self.search.length_penalty
+        if k == 1:
+            ids = greedy(self.model, src, **special)
+        else:
+            ids = beam_search(self.model, src, **special, beam_size=k, alpha=alpha)
+        texts = self.codec.tokenizer.decode_batch(ids)
+        return [" ".join(text.splitlines()).strip() for text in texts]
+
+    @torch.inference_mode()
+    def attention(
+        self, source: str, target: str, longest: int = 40
+    ) -> tuple[list[str], list[str], np.ndarray]:
+        """Source tokens, target tokens, weights[head, target, source] of the last decoder layer.
+
+        Only the first `longest` tokens of each side, as many as a picture can show. Later target
+        tokens cannot change the weights, so they are cut before the forward pass.
+        """
+        src, tgt = (row + [self.codec.eos_id] for row in self.codec.encode([source, target]))
+        src, tgt = src[: self.max_length], tgt[: min(longest, self.max_length)]
+        tgt_in = [self.codec.bos_id, *tgt[:-1]]
+        src_ids, tgt_ids = (torch.tensor([row], device=self.device) for row in (src, tgt_in))
+        self.model.eval()
+        weights = self.model.cross_attention(src_ids, tgt_ids)[0, ..., :longest]  # (h, l_x, l_z)
+        decode = self.codec.tokenizer.decode
+        sides = ([decode([i], skip_special_tokens=False) for i in row] for row in (src, tgt))
+        source, target = (words[:longest] for words in sides)
+        return source, target, weights.float().cpu().numpy()
+
+    def attention_maps(
+        self, sources: list[str], targets: list[str], n: int = 4
+    ) -> list[tuple[list[str], list[str], np.ndarray]]:
+        """`attention` of the n pairs nearest to 16 tokens: not trivial, and readable."""
+        ids = zip(self.codec.encode(sources), self.codec.encode(targets))
+        lengths = np.array([max(map(len, pair)) for pair in ids])
+        chosen = np.argsort(abs(lengths - 16), kind="stable")[:n].tolist()
+        return [self.attention(sources[i], targets[i]) for i in chosen]
+
+
+def portions(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts, PORTION at a time, so every run makes the same batches of a file."""
+    texts = iter(texts)
+    while portion := list(islice(texts, PORTION)):
+        yield portion
+
+
+def live_portions(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts as they arrive: at most PORTION at a time, none delayed by more than WAIT.
+
+    A thread reads them, at most PORTION ahead. An exception raised there is raised here.
+    """
+    arrived: queue.Queue[str | Exception] = queue.Queue(PORTION)
+
+    def read() -> None:
+        try:
+            for text in texts:
+                arrived.put(text)
+            arrived.put(EOFError())
+        except Exception as error:
+            arrived.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    end = None
+    while not end:
+        portion, deadline = [arrived.get()], time.monotonic() + WAIT
+        with suppress(queue.Empty):
+            while isinstance(portion[-1], str) and len(portion) < PORTION:
+                portion.append(arrived.get(timeout=max(0.0, deadline - time.monotonic())))
+        if isinstance(portion[-1], Exception):
+            end = portion.pop()
+        if portion:
+            yield portion
+    if not isinstance(end, EOFError):
+        raise end
+
+
+def predict(predictor: Predictor, name: str) -> None:
+    """Prints a line in UTF-8 for each line of a file, in order; a blank one for a blank one.
+
+    name: the file, or "-" for standard input, whose lines are answered as they arrive.
+    """
+    if file_format(Path(name)) in TABLE_FORMATS:
+        fact = "each line is read as one text, with all columns and the header"
+        print(f"warning: {name}: {fact}; give a file of texts alone", file=sys.stderr)
+    set_up_output(encoding="utf-8")
+    live = name == "-"
+    texts = (line.rstrip("\r\n") for _, line in read_lines(name))
+    answers = predictor.answer_portions(live_portions(texts) if live else portions(texts))
+    hidden = live or sys.stdout.isatty() or None  # a bar would break up answers on a terminal
+    n_blank = n_cut = 0
+    try:
+        with tqdm(unit=" lines", disable=hidden, leave=False) as bar:
+            for answer, n_tokens in answers:
+                n_blank += n_tokens == 0
+                n_cut += n_tokens > predictor.max_length
+                print(answer, flush=live)
+                bar.update()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the answers, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if world_size() > 1:  # an empty portion ends the other ranks
+            texts.close()
+            deque(answers, maxlen=0)
+    if n_blank:
+        print(f"warning: blank lines: {n_blank}, answered with blank lines", file=sys.stderr)
+    if n_cut:
+        print(f"warning: lines cut to {predictor.max_length} tokens: {n_cut}", file=sys.stderr)

@@ -1,0 +1,600 @@
+"""Files become rows: what goes in comes out, once, or is refused with its place."""
+
+import gzip
+import io
+import itertools
+import json
+import os
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers import (
+    all_rows,
+    as_params,
+    csv_text,
+    json_lines,
+    load,
+    numbered,
+    rows_of,
+    write,
+    write_files,
+    write_parquet,
+)
+
+from errors import BadInput
+from files import MAX_LINE_BYTES, SPLITS, has_quoted_fields, read_lines, select_columns
+
+# ------------------------------------------------------------------------------------------ readers
+
+QUOTED = [
+    ('She said "no", twice', "1"),
+    ("two\nlines", "0"),
+    ("caf\u00e9 \u2603 \U0001f600", "1"),
+    ("it's 5' 3\"", "0"),
+]
+AS_READ = [(text.replace("\n", " "), label) for text, label in QUOTED]
+PLAIN = [
+    ('a "stray quote', "1"),
+    ('"begun, not ended', "0"),
+    ('"all quoted"', "1"),
+    ("c, d", "0"),
+    ("'e'", "1"),
+    ("caf\u00e9", "0"),
+]
+RAW_TSV = "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in PLAIN)
+JSON = [{"label": int(label), "text": text} for text, label in QUOTED]
+
+FILES = {
+    "csv with quotes, commas and line breaks in a field": ("csv", csv_text(QUOTED), AS_READ),
+    "csv of Windows": ("csv", csv_text(PLAIN).replace("\n", "\r\n"), PLAIN),
+    "csv with a byte order mark": ("csv", "\ufeff" + csv_text(PLAIN), PLAIN),
+    "csv without a last line end": ("csv", csv_text(PLAIN).rstrip("\n"), PLAIN),
+    "csv with blank lines": ("csv", csv_text(PLAIN).replace("\n", "\n\n"), PLAIN),
+    "csv with a big ending": ("CSV", csv_text(PLAIN), PLAIN),
+    "csv with unnamed columns": ("csv", "text,label,,\na,1,,\nb,0,,\n", [("a", "1"), ("b", "0")]),
+    "tsv with stray quotes": ("tsv", RAW_TSV, PLAIN),
+    "tsv of Windows with a byte order mark": (
+        "tsv",
+        "\ufeff" + RAW_TSV.replace("\n", "\r\n"),
+        PLAIN,
+    ),
+    "jsonl": ("jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in JSON), AS_READ),
+    "jsonl escaped, of Windows, with a byte order mark and blank lines": (
+        "jsonl",
+        "\ufeff" + json_lines(JSON).replace("\n", "\r\n\r\n"),
+        AS_READ,
+    ),
+}
+
+
+@pytest.mark.parametrize("zipped", ["", ".gz"], ids=["plain", "gzip"])
+@pytest.mark.parametrize("ending, content, expected", FILES.values(), ids=FILES.keys())
+def test_reader_gives_every_row(ending, content, expected, zipped):
+    write(f"d/train-0.{ending}{zipped}", content)
+    write("d/train-1.csv", csv_text(numbered(60)))  # so that each split gets something
+    assert all_rows("d") == Counter(expected + numbered(60))
+
+
+def test_parquet_gives_every_row():
+    rows = QUOTED + numbered(1500)  # more than one batch
+    columns = {"text": [text for text, _ in rows], "label": [int(label) for _, label in rows]}
+    write_parquet("x.parquet", columns)
+    assert all_rows("x.parquet") == Counter(AS_READ + numbered(1500))
+
+
+NESTED = [
+    {"translation": {"en": f"e {i}", "de": f"d {i % 2}"}, "a.b": f"flat {i}"} for i in range(60)
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "source_column, word", [("translation.en", "e"), ("a.b", "flat")], ids=["nested", "flat"]
+)
+def test_a_dot_in_a_column_means_a_field_or_is_part_of_the_name(ending, source_column, word):
+    if ending == "jsonl":
+        write("n.jsonl", json_lines(NESTED))
+    else:
+        write_parquet("n.parquet", {k: [row[k] for row in NESTED] for k in NESTED[0]})
+    columns = {"source_column": source_column, "target_column": "translation.de"}
+    expected = {(f"{word} {i}", f"d {i % 2}") for i in range(60)}
+    assert set(all_rows(f"n.{ending}", **columns)) == expected
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("name", ["with space", "caf\u00e9 \u2603", "[a] *?", "a%20b", "train#1"])
+def test_any_name_will_do(name, kind):
+    path = write(f"{name}.csv" if kind == "file" else f"{name}/{name}.csv", csv_text(numbered(60)))
+    assert all_rows(path if kind == "file" else path.parent) == Counter(numbered(60))
+
+
+def test_a_gzip_bomb_of_one_line_is_refused_before_it_is_held_in_memory():
+    with gzip.open("x.jsonl.gz", "wb") as out:
+        for _ in range(6):
+            out.write(b"a" * MAX_LINE_BYTES)
+    tracemalloc.start()
+    with pytest.raises(BadInput, match=r"x.jsonl.gz, line 1: longer than 10,000,000 bytes"):
+        list(read_lines("x.jsonl.gz"))
+    assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
+    tracemalloc.stop()
+
+
+# ------------------------------------------------------------------------------------------- values
+
+
+def selected(rows: list[dict], task: str = "classification", **options) -> list[dict]:
+    placed = ((f"row {i}", row) for i, row in enumerate(rows, 1))
+    return list(select_columns(placed, "text", "label", task, **options))
+
+
+LINE_BREAKS = ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+
+
+@pytest.mark.parametrize("mark", LINE_BREAKS, ids=ascii)
+def test_a_line_break_inside_a_text_becomes_a_space_and_is_counted(mark):
+    rows = [{"text": f"one{mark}two", "label": "a"}, {"text": f"{mark}one{mark}", "label": "b"}]
+    rows += [{"text": "one", "label": f"c{mark}d"}]
+    expected = [("one two", "a", 1), ("one", "b", 0), ("one", "c d", 1)]
+    assert [(r["source"], r["target"], r["line_breaks"]) for r in selected(rows)] == expected
+    assert [len(r["source"].splitlines()) for r in selected(rows)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_format_gives_one_line_per_text(ending):
+    rows = [("one\ntwo", "0"), ("one\u2028two", "1"), ("three", "0")] * 20
+    records = [dict(zip(("text", "label"), row)) for row in rows]
+    if ending == "parquet":
+        write_parquet("x.parquet", {k: [r[k] for r in records] for k in ("text", "label")})
+    elif ending == "jsonl":
+        write("x.jsonl", json_lines(records))
+    else:
+        write(f"x.{ending}", csv_text(rows, delimiter=dict(csv=",", tsv="\t")[ending]))
+    write(f"d/train.{ending}", Path(f"x.{ending}").read_bytes())
+    for split in ("validation", "test"):
+        write(f"d/{split}.csv", csv_text(numbered(2)))
+    train = load("d").tables["train"]
+    assert set(train["source"]) == {"one two", "three"}
+    assert sum(train["line_breaks"]) == 40
+    assert str(train.features["line_breaks"].dtype) == "int8"
+
+
+@pytest.mark.parametrize(
+    "value, label",
+    [(1, "1"), (-3, "-3"), (2.5, "2.5"), (True, "True"), ("gut", "gut"), (" padded ", "padded")],
+)
+def test_labels_of_any_kind_become_names(value, label):
+    assert selected([{"text": "t", "label": value}])[0]["target"] == label
+
+
+@pytest.mark.parametrize(
+    "absent", ["", "   ", None, float("nan")], ids=["", "blank", "null", "nan"]
+)
+def test_an_absent_sentence_is_empty_and_an_absent_label_refused(absent):
+    assert selected([{"text": absent, "label": "a"}])[0]["source"] == ""
+    with pytest.raises(BadInput, match="row 2: the column label is empty; fill it"):
+        selected([{"text": "a", "label": "b"}, {"text": "a", "label": absent}])
+
+
+def test_labels_that_may_be_absent_are_absent_in_all_rows_or_in_none():
+    assert [r["target"] for r in selected([{"text": "a"}] * 2, optional_targets=True)] == ["", ""]
+    for labels in (["", "b"], ["b", ""]):
+        rows = [{"text": "a", "label": label} for label in labels]
+        with pytest.raises(
+            BadInput, match=f"row {labels.index('') + 1}: the column label is empty"
+        ):
+            selected(rows, optional_targets=True)
+
+
+NOT_TEXT = {
+    "list": (["a", "b"], ["type list", "store one text per row"]),
+    "dict": ({"en": "a", "de": "b"}, ["type dict", "name a field: label.en, label.de"]),
+    "bytes": (b"a", ["type bytes"]),
+}
+
+
+@pytest.mark.parametrize("value, words", as_params(NOT_TEXT))
+@pytest.mark.parametrize("task", ["classification", "translation"])
+def test_a_value_that_is_not_text_is_refused_with_row_column_and_type(value, words, task):
+    with pytest.raises(BadInput) as refused:
+        selected([{"text": "a", "label": "b"}, {"text": "a", "label": value}], task)
+    (line,) = refused.value.lines
+    assert all(word in line for word in ["row 2, column label", *words])
+
+
+def test_nan_in_a_parquet_file_is_no_class():
+    write_parquet("x.parquet", {"text": ["a", "b", "c"], "label": [1.0, float("nan"), 0.0]})
+    with pytest.raises(BadInput, match=r"x.parquet, row 2: the column label is empty"):
+        load("x.parquet")
+
+
+# --------------------------------------------------------------------------------------- quoted tsv
+
+QUOTED_ROWS = {
+    "all fields": '"good film"\t"1"\n',
+    "some fields": 'good film\t1\n"bad film"\t0\n',
+    "doubled quotes": '"she said ""no"""\t1\n',
+    "a tab": '"a\tb"\t1\n',
+    "a line break": '"a\nb"\t1\n',
+}
+RAW_ROWS = {
+    "not ended": '"begun\t1\n"a"\t0\n',
+    "begun again": '"a" b\t1\n"c"\t0\n',
+    "two rows would be one": '"begun\t1\nended"\t0\n',
+    "one field by its quotes": '"a\tb"\n"c"\t0\n',
+    "no quote at the start": 'a "b"\t1\n',
+}
+
+
+@pytest.mark.parametrize("rows", QUOTED_ROWS.values(), ids=QUOTED_ROWS.keys())
+def test_a_well_quoted_tsv_is_read_without_its_quotes(rows):
+    write("d/train.tsv", "text\tlabel\n" + rows)
+    for split in ("validation", "test"):
+        write(f"d/{split}.tsv", "text\tlabel\na\t1\n")
+    texts = load("d").tables["train"]["source"][:]
+    assert all(not text.startswith('"') and not text.endswith('"') for text in texts[:-1])
+    assert set(texts) <= {"good film", "bad film", 'she said "no"', "a\tb", "a b"}
+
+
+@pytest.mark.parametrize("rows", RAW_ROWS.values(), ids=RAW_ROWS.keys())
+def test_any_other_tsv_is_read_as_it_is(rows):
+    write("x.tsv", "text\tlabel\n" + rows)
+    assert not has_quoted_fields([Path("x.tsv")])
+
+
+def test_all_tsv_files_of_a_data_set_are_quoted_alike_and_kept_quotes_are_counted():
+    write("d/train.tsv", 'text\tlabel\n"a" b\t1\n"c"\t0\n"d"\t0\n')
+    for split in ("validation", "test"):
+        write(f"d/{split}.tsv", 'text\tlabel\n"a"\t1\n')
+    splits = load("d")
+    assert splits.tables["train"]["source"][:] == ['"a" b', '"c"', '"d"']
+    assert splits.tables["test"]["source"][:] == ['"a"']
+    assert splits.notes[0] == "train.tsv: 2 values begin and end with a quote, kept"
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def parquet(columns: dict[str, list]) -> bytes:
+    return parquet_of(pyarrow.table(columns))
+
+
+def parquet_of(table: pyarrow.Table) -> bytes:
+    pyarrow.parquet.write_table(table, out := io.BytesIO())
+    return out.getvalue()
+
+
+GOOD_PARQUET = parquet({"text": ["a"] * 60, "label": [0, 1] * 30})
+TWICE_NAMED = parquet_of(pyarrow.table([["a"]] * 3, names=["text", "text", "label"]))
+LATIN = pyarrow.array([b"a"] * 1202 + [b"caf\xe9"] + [b"a"] * 9).view(pyarrow.string())
+SOME = csv_text(numbered(60)).encode()
+LONG = b"It was a good film that we saw in the cinema of our town on Sunday evening"
+FILES_REFUSED = {
+    "not UTF-8": ("d.csv", SOME + b"caf\xe9,1\n", ["d.csv, line 62, byte 4", "UTF-8"]),
+    "not UTF-8, zipped": (
+        "d.tsv.gz",
+        gzip.compress(b"text\tlabel\na\t1\n\xff\t0\n"),
+        ["d.tsv.gz, line 3, byte 1", "UTF-8"],
+    ),
+    "UTF-16": ("d.csv", "text,label\na,1\n".encode("utf-16-le"), ["d.csv, line 1", "UTF-8"]),
+    "too many fields": (
+        "d.csv",
+        SOME + b"a,b,1\n",
+        ["d.csv, line 62: number of fields is 3, but line 1 names 2", "fix or remove it"],
+    ),
+    "too few fields": ("d.csv", SOME + b"a\n", ["d.csv, line 62: number of fields is 1, but"]),
+    "a row that is odd at once": (
+        "d.csv",
+        b"text,label\na,b,1\nc,0\n",
+        ["d.csv, line 2: number of fields is 3, but line 1"],
+    ),
+    "names that are odd": (
+        "d.csv",
+        b"text,label\n1,a,0\n2,b,1\n",
+        ["d.csv, line 1: names 2 columns, but the rows have 3 fields"],
+    ),
+    "broken quotes": ("d.csv", SOME + b'"a" b,1\n', ["d.csv, line 62", "csv", "fix"]),
+    "open quote": ("d.csv", SOME + b'"a,1\n', ["d.csv, line 62", "csv"]),
+    "two columns of one name": (
+        "d.csv",
+        b"text,label,label\na,1,0\n",
+        ["d.csv, line 1: two columns are named label; rename one"],
+    ),
+    "two fields of one name": (
+        "d.jsonl",
+        b'{"text": "a", "label": 1, "text": "b"}\n',
+        ["d.jsonl, line 1", "two fields of one name"],
+    ),
+    "two parquet columns of one name": ("d.parquet", TWICE_NAMED, ["two fields of one name"]),
+    "semicolons": ("d.csv", SOME.replace(b",", b";"), ["d.csv, line 1: the delimiter is ';'"]),
+    "tabs in a csv": (
+        "d.csv",
+        SOME.replace(b",", b"\t"),
+        ["line 1: the delimiter is '\\t', not ','"],
+    ),
+    "commas in a tsv": ("d.tsv", SOME, ["line 1: the delimiter is ',', not '\\t'"]),
+    "commas and spaces": (
+        "d.csv",
+        SOME.replace(b",", b", "),
+        ["line 1: the delimiter is ', ', not"],
+    ),
+    "commas, spaces and quotes": (
+        "d.csv",
+        b'"text", "label"\n"a", "b"\n',
+        ["line 1: the delimiter is ', ', not"],
+    ),
+    "CR as line end": ("d.csv", SOME.replace(b"\n", b"\r"), ["d.csv, line 1", "CR alone", "LF"]),
+    "CR as line end, long": (
+        "d.jsonl",
+        (b'{"text": "%s", "label": 1}\r' % LONG) * 120_000,
+        ["d.jsonl, line 1", "CR alone"],
+    ),
+    "no names": (
+        "d.csv",
+        LONG + b",1\nBad,0\n",
+        ["line 1: looks like data (It was a good film t…, 1)", "names on top, e.g. text,label"],
+    ),
+    "no names in a tsv": ("d.tsv", b"1\tgood\n0\tbad\n", ["looks like data", "text<TAB>label"]),
+    "no names, or others": (
+        "d.csv",
+        b"good,pos\nbad,neg\n",
+        ["line 1: no column text or label, only good, pos", "put a line of names on top"],
+    ),
+    "no such column": (
+        "d.csv",
+        SOME.replace(b"text", b"review"),
+        ["d.csv", "no column text, only review, label", "--source-column"],
+    ),
+    "no such label column": (
+        "d.csv",
+        SOME.replace(b"label", b"stars"),
+        ["d.csv", "no column label, only text, stars", "--target-column"],
+    ),
+    "no such column in JSON": (
+        "d.jsonl",
+        json_lines(NESTED).encode(),
+        ["d.jsonl, line 1: no column text, only translation.en, translation.de, a.b; name one"],
+    ),
+    "broken JSON": (
+        "d.jsonl",
+        b'{"text": "a", "label": 1}\n{"text": "a", "label"\n',
+        ["d.jsonl, line 2", "not JSON", "fix"],
+    ),
+    "JSON without names": (
+        "d.jsonl",
+        b'{"text": "a", "label": 1}\n["a", 1]\n',
+        ["d.jsonl, line 2", "not an object"],
+    ),
+    "JSON nested without end": ("d.jsonl", b"[" * 100_000, ["d.jsonl, line 1", "not JSON"]),
+    "half a surrogate pair": (
+        "d.jsonl",
+        b'{"text": "a\\ud800", "label": 1}\n',
+        ["d.jsonl, line 1", "surrogate"],
+    ),
+    "no parquet": ("d.parquet", SOME, ["d.parquet", "parquet", "again"]),
+    "cut parquet": ("d.parquet", GOOD_PARQUET[:-20], ["d.parquet", "again"]),
+    "parquet that is not UTF-8": (
+        "d.parquet",
+        parquet({"label": [1] * 1212, "text": LATIN}),
+        ["d.parquet, row 1203, column text: not UTF-8"],
+    ),
+    "bytes in parquet": (
+        "d.parquet",
+        parquet({"text": [b"a"], "label": [1]}),
+        ["d.parquet, row 1, column text: a value of type bytes"],
+    ),
+    "cut gzip": ("d.csv.gz", gzip.compress(SOME)[:-20], ["d.csv.gz", "gzip", "again"]),
+    "empty file": ("d.csv", b"", ["d.csv", "no rows"]),
+    "names alone": ("d.csv", b"text,label\n", ["d.csv", "no rows"]),
+    "empty label": (
+        "d.csv",
+        SOME + b"a,\n",
+        ["d.csv, line 62", "label is empty", "remove the row"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name, content, words", as_params(FILES_REFUSED))
+def test_a_file_that_cannot_work_is_refused_in_one_short_line(name, content, words):
+    write_files({name: content})
+    with pytest.raises(BadInput) as refused:
+        load(name)
+    (line,) = refused.value.lines
+    assert len(line) < 250 and "\n" not in line
+    missing = [word for word in words if word not in line]
+    assert not missing, f"{missing} not in: {line}"
+
+
+def test_a_wide_file_is_not_printed_whole():
+    write("d.csv", ",".join(f"column{i}" for i in range(600)) + "\n" + "1," * 599 + "1\n")
+    with pytest.raises(BadInput, match=r"column9, …;"):
+        load("d.csv")
+
+
+# ------------------------------------------------------------------------ which file is which split
+
+LAYOUTS = [
+    ("train.csv", "validation.csv", "test.csv"),
+    ("train.csv", "valid.csv.gz", "test.csv"),
+    ("Training.csv", "dev.csv", "TEST.csv"),
+    ("train_set.csv", "val-set.csv", "test.v2.csv"),
+    ("train/a.csv", "val/a.csv", "test/a.csv"),
+    ("data/train-00000-of-00001.csv", "data/validation-00000-of-00001.csv", "data/test1.csv"),
+    ("X_train.csv", "X_valid.csv", "X_test.csv"),
+    ("sst2-train.csv", "sst2.dev.csv", "sst2-test.csv"),
+    ("XTrain.csv", "XDev.csv", "XTest.csv"),
+    ("trainset.csv", "devset.csv", "testdata.csv"),
+    ("train/pos/a.csv", "dev/pos/a.csv", "test/pos/a.csv"),
+]
+
+
+@pytest.mark.parametrize("names", LAYOUTS, ids=lambda names: names[1])
+def test_names_tell_the_split(names):
+    expected = {split: numbered(4, word=split) for split in SPLITS}
+    for name, rows in zip(names, expected.values()):
+        write(Path("d", name), csv_text(rows))
+    write("d/.hidden.csv", "no data")
+    assert rows_of("d") == expected
+    splits = load("d")
+    assert splits.sources == {split: [name] for split, name in zip(SPLITS, names)}
+    assert splits.notes == []
+
+
+def test_several_files_of_one_split_are_joined():
+    for i in range(3):
+        write(f"d/train-{i}.csv", csv_text(numbered(4, word=f"part{i}")))
+    for split in ("dev", "test"):
+        write(f"d/{split}.csv", csv_text(numbered(2)))
+    assert rows_of("d")["train"] == [row for i in range(3) for row in numbered(4, word=f"part{i}")]
+
+
+def test_several_test_sets_are_splits_of_their_own_and_the_parts_of_one_are_not():
+    for name in ("train", "dev", "test_2016_flickr", "test/2017"):
+        write(f"d/{name}.csv", csv_text(numbered(2, word=name)))
+    for i in range(2):
+        write(f"d/news-test-0000{i}-of-00002.csv", csv_text(numbered(1, word=f"part{i}")))
+    splits = load("d")
+    assert splits.sources == {
+        "train": ["train.csv"],
+        "validation": ["dev.csv"],
+        "test.news_test": [f"news-test-0000{i}-of-00002.csv" for i in range(2)],
+        "test.2017": ["test/2017.csv"],
+        "test.2016_flickr": ["test_2016_flickr.csv"],
+    }
+    assert splits.tables["test.news_test"]["source"][:] == ["part0 0", "part1 0"]
+    assert list(load("d", ["test"]).tables) == list(splits.tables)[2:]
+
+
+def test_files_without_split_names_are_cut():
+    for name in ("testimony", "devices", "trainers"):  # begin like a split, and are none
+        write(f"d/{name}.csv", csv_text(numbered(60, word=name)))
+    rows = rows_of("d")
+    assert sum(map(len, rows.values())) == 180
+    assert all(rows.values())
+    assert load("d").sources["test"] == ["cut from train"]
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["train", "more"], "more.csv is neither train, validation nor test by its name"),
+        (["train", "test_train"], "test_train.csv is test or train by its name"),
+        (["train", "dev/test"], "dev/test.csv is test or validation by its name"),
+    ],
+    ids=["none", "two", "two with the folder"],
+)
+def test_a_file_whose_split_is_unclear_beside_named_ones_is_refused(names, words):
+    for name in names:
+        write(f"d/{name}.csv", csv_text(numbered(60)))
+    with pytest.raises(BadInput, match=words):
+        load("d")
+
+
+def test_a_file_alone_is_taken_whole_if_its_name_tells_two_splits():
+    write("train_test.csv", csv_text(numbered(60)))
+    assert all_rows("train_test.csv") == Counter(numbered(60))
+
+
+@pytest.mark.parametrize("name", ["test.json", "test.txt", "notes/README.md", "link.csv"])
+def test_what_is_not_read_is_named(name):
+    write("d/train.csv", csv_text(numbered(60)))
+    if name == "link.csv":
+        Path("d", name).symlink_to("nowhere.csv")
+    else:
+        write(f"d/{name}", "x")
+    splits = load("d")
+    assert splits.notes == [f"{name}: not read"]
+    assert splits.sources["test"] == ["cut from train"]
+
+
+def parallel(source: str = "en", target: str = "de") -> dict[str, list[tuple[str, str]]]:
+    columns = {"source_column": source, "target_column": target}
+    return rows_of("d", task="translation", **columns)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train.csv", "train.csv.gz"],
+        ["train.csv", "train.tsv"],
+        ["train.en", "train.en.gz", "train.de"],
+    ],
+    ids=lambda names: names[1],
+)
+def test_one_name_twice_is_refused(names):
+    for name in names:
+        write(f"d/{name}", csv_text(numbered(60)))
+    with pytest.raises(BadInput) as refused:
+        parallel()
+    assert ", ".join(sorted(names)) + " may hold the same rows; keep one" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "source, target",
+    [
+        ("train.en", "train.de"),
+        ("Corpus.de-en.en", "Corpus.de-en.de"),
+        ("europarl-v7.de-en.en.gz", "europarl-v7.de-en.de"),
+        ("a/train.EN", "a/train.De.GZ"),
+    ],
+)
+def test_the_last_suffix_tells_the_side_of_parallel_files(source, target):
+    english, german = ([f"{word} {i}" for i in range(60)] for word in ("house", "Haus"))
+    for name, lines in ((source, english), (target, german)):
+        content = "\n".join(lines).encode()
+        write_files(
+            {f"d/{name}": gzip.compress(content) if name[-3:].lower() == ".gz" else content}
+        )
+    assert set(itertools.chain(*parallel().values())) == set(zip(english, german))
+
+
+def test_parallel_files_are_read_in_either_direction():
+    for split in ("train", "val", "test"):
+        write(f"d/{split}.en", f"{split} one\n\nthree\n")
+        write(f"d/{split}.de.gz", f"{split} eins\nzwei\ndrei \u00df\n")
+    pairs = [("val one", "val eins"), ("", "zwei"), ("three", "drei \u00df")]
+    assert parallel()["validation"] == pairs
+    assert parallel(source="de", target="en")["validation"] == [(t, s) for s, t in pairs]
+
+
+@pytest.mark.parametrize(
+    "english, german, words",
+    [
+        ("a\na\na\n", "a\na\n", r"train.en has 3 lines and .*train.de has 2"),
+        ("a\na\n", "a\na\na\n", r"train.en has 2 lines and .*train.de has 3"),
+        ("a\n", None, r"only train.en; there must be train.en and train.de"),
+    ],
+    ids=["target too short", "target too long", "no target"],
+)
+def test_parallel_files_that_do_not_match_are_refused(english, german, words):
+    write("d/train.en", english)
+    if german:
+        write("d/train.de", german)
+    with pytest.raises(BadInput, match=words):
+        parallel()
+
+
+def test_a_side_is_named_as_the_user_spells_it():
+    write("d/train.bn", "\n".join(f"s {i}" for i in range(60)))
+    write("d/train.pt_BR", "\n".join(f"t {i}" for i in range(60)))
+    pairs = itertools.chain(*parallel("bn", "pt_BR").values())
+    assert set(pairs) == {(f"s {i}", f"t {i}") for i in range(60)}
+
+
+def test_a_line_break_inside_a_line_of_parallel_text_keeps_the_lines_parallel():
+    write("d/train.en", "\n".join(f"a\u2028b\r{i}" for i in range(60)))
+    write("d/train.de", "\n".join(f"c {i}" for i in range(60)))
+    pairs = itertools.chain(*parallel().values())
+    assert set(pairs) == {(f"a b {i}", f"c {i}") for i in range(60)}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["file", "folder"])
+def test_a_name_that_is_not_utf8_is_refused(inside):
+    folder = os.fsdecode(b"d" if inside else b"d\xff")
+    name = os.fsdecode(b"caf\xe9.csv") if inside else "train.csv"
+    write(f"{folder}/{name}", csv_text(numbered(60)))
+    with pytest.raises(BadInput, match=r"udc(e9|ff).*: the name is not UTF-8; rename it"):
+        load(folder)

@@ -1,0 +1,382 @@
+"""Answers to texts: Predictor, the command line's --predict, standard input and output."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import PROJECT, TINY, csv_bytes, refuse_with, run_quietly, write_files
+
+import jobs
+import main
+import predict
+from config import DecodingConfig, ModelConfig, TokenizerConfig
+from decoding import EXTRA_LENGTH
+from models import Transformer, TransformerClassifier
+from predict import Predictor, live_portions, portions
+from tokenization import train_tokenizer
+
+SENTENCES = [
+    "a wonderful , moving film",
+    "dull .",
+    "",
+    "an hour and a half of \u00e9lan",
+    "   ",
+    "good " * 300,
+    "<pad> </s>",
+]
+
+
+def small_predictor(classes=None, *, max_length=64, beam_size=1, positions="learned", **batches):
+    """Untrained, with a vocabulary of bytes, so any text has ids."""
+    torch.manual_seed(0)
+    codec = train_tokenizer([""], TokenizerConfig(vocab_size=270))
+    config = ModelConfig(n_layers=1, d_model=8, d_ff=8, n_heads=2, positions=positions)
+    sizes = {"n_vocab": codec.n_vocab, "pad_id": codec.pad_id, "max_len": max_length + EXTRA_LENGTH}
+    if classes:
+        model = TransformerClassifier(config, n_classes=len(classes), **sizes)
+    else:
+        model = Transformer(config, **sizes)
+    return Predictor(
+        model,
+        codec,
+        classes,
+        max_length=max_length,
+        search=DecodingConfig(beam_size=beam_size),
+        device=torch.device("cpu"),
+        precision="fp32",
+        **{"batch_size": 4, "batch_tokens": None, **batches},
+    )
+
+
+def parse(out: str) -> list[tuple[str, float] | None]:
+    lines = out.splitlines()
+    return [(x.split("\t")[0], float(x.split("\t")[1])) if x else None for x in lines]
+
+
+def same_answer(a: tuple[str, float] | None, b: tuple[str, float] | None) -> bool:
+    """Whether two answers differ only by rounding, as different batch shapes may cause."""
+    return a == b or (a[0] == b[0] and abs(a[1] - b[1]) < 2e-4)
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def test_predict_answers_each_line_in_order_for_any_batch_size(run_copy, capsys):
+    write_files({"in.txt": "\n".join(SENTENCES).encode()})
+    argv = ["--run-dir", str(run_copy), "--predict", "in.txt"]
+    assert main.main(argv) == 0
+    out, err = capsys.readouterr()
+    together = parse(out)
+    assert [answer is None for answer in together] == [not text.strip() for text in SENTENCES]
+    given = [answer for answer in together if answer]
+    assert all(label in ("negative", "positive") and 0.5 <= p <= 1 for label, p in given)
+    assert len({p for _, p in given}) > 1
+    assert "blank lines: 2" in err and "lines cut to 256 tokens: 1" in err
+
+    for options in (["--batch-size", "1"], ["--batch-tokens", "256"]):
+        assert main.main([*argv, *options]) == 0
+        for one, many in zip(parse(capsys.readouterr().out), together, strict=True):
+            assert same_answer(one, many)
+
+    write_files({"back.txt": "\r\n".join(SENTENCES[::-1]).encode()})
+    assert main.main([*argv[:-1], "back.txt"]) == 0
+    for back, forth in zip(parse(capsys.readouterr().out), together[::-1], strict=True):
+        assert same_answer(back, forth)
+
+
+@pytest.mark.parametrize("options, largest", [("--batch-tokens 256", 256), ("--batch-size 3", 3)])
+def test_a_batch_of_predict_holds_what_its_option_says(options, largest, run_copy, monkeypatch):
+    """Padding counts, and sentences of similar length share a batch."""
+    write_files({"in.txt": "\n".join("good " * (i % 60 + 1) for i in range(200)).encode()})
+    shapes, forward = [], TransformerClassifier.forward
+
+    def record(self, src, tgt_in):
+        shapes.append(tuple(src.shape))
+        return forward(self, src, tgt_in)
+
+    monkeypatch.setattr(TransformerClassifier, "forward", record)
+    run_quietly("--run-dir", run_copy, "--predict", "in.txt", *options.split())
+    sizes = [n if options.startswith("--batch-size") else n * width for n, width in shapes]
+    assert sum(n for n, _ in shapes) == 200
+    assert max(sizes) <= largest and np.mean(sizes) > 0.6 * largest
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_translations_do_not_depend_on_the_size_of_batches(beam_size):
+    texts = ["abc", "", "a" * 500, "b c", "\n", "d" * 20]
+    expected = small_predictor(batch_size=1, beam_size=beam_size).answer(texts)
+    for batches in ({"batch_size": 6}, {"batch_size": None, "batch_tokens": 70}):
+        assert small_predictor(beam_size=beam_size, **batches).answer(texts) == expected
+    assert expected[1] == expected[4] == ""
+
+
+# --------------------------------------------------------------------------------------- long lines
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_a_text_longer_than_the_position_table_is_translated(beam_size, positions):
+    predictor = small_predictor(max_length=8, beam_size=beam_size, positions=positions)
+    ((answer, n_tokens),) = predictor.answer_portions(iter([["abc" * 100]]))
+    assert isinstance(answer, str) and n_tokens > 300
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
+@pytest.mark.parametrize("source, target", [(300, 5), (5, 300), (300, 300)])
+def test_attention_of_texts_longer_than_the_position_table(source, target, positions):
+    predictor = small_predictor(max_length=16, positions=positions)
+    ((src, tgt, weights),) = predictor.attention_maps(["a" * source], ["b" * target])
+    assert weights.shape == (2, len(tgt), len(src))
+    assert len(src) == min(source + 2, 16) and len(tgt) == min(target + 2, 16)
+
+
+def test_attention_is_a_distribution_over_the_source_that_later_target_tokens_do_not_change():
+    predictor = small_predictor()
+    src, tgt, weights = predictor.attention("abcde", "f" * 39)
+    assert weights.shape == (2, 40, 7) and len(src) == 7 and len(tgt) == 40
+    np.testing.assert_allclose(weights.sum(axis=2), 1, rtol=1e-5)
+    assert src[-1] == "</s>" and tgt[1] == "f"
+    short = predictor.attention("abcde", "f" * 9)[2]
+    np.testing.assert_allclose(short[:, :10], weights[:, :10], rtol=1e-5)
+    short = predictor.attention("abcde", "f" * 39, longest=5)[2]
+    np.testing.assert_allclose(short, weights[:, :5, :5], rtol=1e-5)
+
+
+def test_attention_maps_show_sentences_of_readable_length():
+    texts = ["a", "b" * 60, "c" * 16, "d" * 300, "e" * 14]
+    maps = small_predictor().attention_maps(texts, texts, n=2)
+    assert [src[1] for src, _, _ in maps] == ["c", "e"]
+
+
+# ------------------------------------------------------------------------------ one line per answer
+
+
+@pytest.mark.parametrize(
+    "mark", ["\n", "\r\n", "\r", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029"]
+)
+def test_no_answer_has_a_line_break(mark, monkeypatch):
+    for beam_size, search in ((1, "greedy"), (2, "beam_search")):
+        predictor = small_predictor(beam_size=beam_size)
+        ids = predictor.codec.encode([f"two{mark}lines"])
+        monkeypatch.setattr(predict, search, lambda *_, ids=ids, **__: ids)
+        assert predictor.answer(["x"]) == ["two lines"]
+    (answer,) = small_predictor(classes=[f"two{mark}lines"]).answer(["x"])
+    assert answer == "two lines\t1.0000"
+
+
+def test_a_tab_in_a_label_is_not_taken_for_the_end_of_the_label():
+    assert small_predictor(classes=["a\tb"]).answer(["x"]) == ["a b\t1.0000"]
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def test_predict_of_an_empty_file_answers_nothing(run_copy, capsys):
+    write_files({"in.txt": b""})
+    assert main.main(["--run-dir", str(run_copy), "--predict", "in.txt"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_predict_warns_that_a_table_is_read_line_by_line(run_copy, capsys):
+    table = csv_bytes([("a wonderful film", "1"), ("dull", "0")])
+    write_files({"in.csv": table, "in.txt": table})
+    seen = []
+    for name in ("in.txt", "in.csv"):
+        assert main.main(["--run-dir", str(run_copy), "--predict", name]) == 0
+        seen.append(capsys.readouterr())
+    text, table = seen
+    assert text.out == table.out and text.out.count("\n") == 3
+    assert text.err == "" and table.err.startswith("warning: in.csv: each line is read as one text")
+
+
+# ----------------------------------------------------------------------------------- standard input
+
+
+class Feed:
+    """An iterable that hands out a text only when the test puts one in."""
+
+    def __init__(self):
+        self.texts, self.ready = [], threading.Semaphore(0)
+
+    def put(self, *texts):
+        for text in texts:
+            self.texts.append(text)
+            self.ready.release()
+
+    def __iter__(self):
+        while True:
+            self.ready.acquire()
+            text = self.texts.pop(0)
+            if isinstance(text, Exception):
+                raise text
+            if text is None:
+                return
+            yield text
+
+
+def test_a_text_is_answered_before_the_next_one_arrives():
+    feed = Feed()
+    found = live_portions(feed)
+    for text in ("one", "two", "three"):
+        feed.put(text)
+        assert next(found) == [text]
+    feed.put(None)
+    assert list(found) == []
+
+
+def test_live_portions_are_all_texts_in_order_and_bounded():
+    texts = [str(i) for i in range(3 * predict.PORTION + 5)]
+    found = list(live_portions(texts))
+    assert [text for portion in found for text in portion] == texts
+    assert all(0 < len(portion) <= predict.PORTION for portion in found)
+
+
+@pytest.mark.parametrize("split", [portions, live_portions])
+def test_portions_read_little_ahead_of_the_answers(split):
+    n_read = 0
+
+    def texts():
+        nonlocal n_read
+        while True:
+            n_read += 1
+            yield "x"
+
+    found, n_taken = split(texts()), 0
+    for _ in range(5):
+        n_taken += len(next(found))
+        assert n_read <= n_taken + predict.PORTION + 1
+    found.close()
+
+
+def test_an_error_in_reading_is_raised_after_the_texts_before_it():
+    feed = Feed()
+    feed.put("one", "two", ValueError("line 3"))
+    found = live_portions(feed)
+    assert next(found) == ["one", "two"]
+    with pytest.raises(ValueError, match="line 3"):
+        next(found)
+
+
+def start_predict(run: Path, name: str = "-", *, n: int = 1, **how) -> subprocess.Popen:
+    script = ["main.py"] if n == 1 else ["ddp_main.py", "--world-size", str(n)]
+    command = [sys.executable, str(PROJECT / script[0]), *script[1:]]
+    command += ["--run-dir", str(run), "--predict", name]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, **{**pipes, "env": env, **how})
+
+
+@pytest.fixture
+def patience():
+    """Kills a process that hangs: a test that waits for it then sees the end of its output."""
+    timers = []
+
+    def kill_later(process: subprocess.Popen) -> subprocess.Popen:
+        timers.append(threading.Timer(300, process.kill))
+        timers[-1].start()
+        return process
+
+    yield kill_later
+    for timer in timers:
+        timer.cancel()
+
+
+@pytest.mark.slow
+def test_a_pipe_that_waits_for_each_answer_gets_it(run_copy, patience):
+    with patience(start_predict(run_copy)) as process:
+        for text in ("good film 1", "dull"):
+            process.stdin.write(text.encode() + b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline().count(b"\t") == 1
+        out, err = process.communicate(b"good\n\xff\n")
+    assert process.returncode == 2 and out.count(b"\n") == 1
+    assert err.startswith(b"error: -, line 4, byte 1: not UTF-8") and err.count(b"\n") == 1
+
+
+@pytest.mark.slow
+def test_predicting_needs_only_the_run_folder_and_writes_utf_8_whatever_the_locale(
+    capsys, patience
+):
+    rows = [(f"film {i}", label) for i in range(50) for label in ("gro\u00df", "\u4e2d")]
+    write_files({"data/train.csv": csv_bytes(rows), "in.txt": b"good film 1\n\nfilm\n"})
+    run_quietly(*TINY, "--dataset", "data", "--run-dir", "run", "--max-steps", 2)
+    shutil.rmtree("data")
+    Path("elsewhere").mkdir()
+    moved = Path(shutil.move("run", "elsewhere/moved"))
+    capsys.readouterr()
+    assert main.main(["--run-dir", str(moved), "--predict", "in.txt"]) == 0
+    from_file = capsys.readouterr()
+    process = patience(start_predict(moved, env={**os.environ, "PYTHONIOENCODING": "ascii"}))
+    out, err = process.communicate(b"good film 1\n\nfilm\n")
+    assert process.returncode == 0
+    assert (out.decode(), err.decode()) == from_file
+    assert from_file.out.count("\n") == 3 and "blank lines: 1" in from_file.err
+    assert not from_file.out.isascii()
+
+
+# ---------------------------------------------------------------------------------- standard output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_lines, n", [(1, 1), (20_000, 2)])
+def test_a_closed_output_ends_predict_quietly(n_lines, n, run_copy, patience):
+    write_files({"in.txt": b"good film\n" * n_lines})
+    process = patience(start_predict(run_copy, "in.txt", n=n))
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+@pytest.mark.slow
+def test_a_closed_output_ends_predict_though_standard_input_is_open(run_copy, patience):
+    process = patience(start_predict(run_copy))
+    process.stdout.close()
+    process.stdin.write(b"good\n")
+    process.stdin.flush()
+    assert process.wait() == 0
+    assert process.stderr.read() == b""
+
+
+@pytest.mark.slow
+def test_sample_translations_never_stop_a_run_on_a_narrow_screen(monkeypatch):
+    lines = "".join(f"\u4e2d\u00df {i}\n" for i in range(60)).encode()
+    write_files({f"d/{split}.{side}": lines for split in ("train", "val", "test") for side in "xy"})
+    sides = "--task translation --source-column x --target-column y --train-tokenizer"
+    argv = [*TINY, "--dataset", "d", *sides.split(), "--run-dir", "run", "--max-steps", "1"]
+    with open("screen", "w", encoding="ascii") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert main.main(argv) == 0
+    screen = Path("screen").read_text(encoding="ascii")
+    assert "reference   ?? " in screen
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    "option", ["--num-workers 2", "--bleu-tokenize char", "--beam-size 2", "--length-penalty 1.0"]
+)
+def test_an_option_without_effect_is_refused(option, run_copy, capsys):
+    argv = ["--run-dir", str(run_copy), "--predict", "in.txt", *option.split()]
+    refuse_with(argv, [f"{option}: ", "leave it out"], capsys)
+
+
+def test_predicting_does_not_need_the_packages_of_the_bleu_tokenizer(train, monkeypatch):
+    for name in ("MeCab", "ipadic"):
+        monkeypatch.setitem(sys.modules, name, sys)  # can be imported
+    run = train("mecab", "--max-steps", 1, "--bleu-tokenize", "ja-mecab")
+    monkeypatch.setitem(sys.modules, "MeCab", None)  # cannot
+    write_files({"in.txt": b"good\n"})
+    assert run_quietly("--run-dir", run, "--predict", "in.txt").count("\t") == 1
+
+
+def test_standard_input_is_refused_for_several_processes(run_copy, capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "world_size", lambda: 2)
+    argv = ["--run-dir", str(run_copy), "--predict", "-"]
+    refuse_with(argv, ["--predict -: only one process", "give a file"], capsys)

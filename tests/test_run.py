@@ -1,0 +1,525 @@
+"""Whole runs: what they leave, print and warn of, and how options change them."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    N_TRAIN,
+    PROJECT,
+    TINY,
+    WAIT_LIMIT,
+    csv_bytes,
+    events,
+    losses,
+    run_quietly,
+    toy_corpus,
+    translate_toy,
+    without_times,
+    write_files,
+    write_text_lines,
+)
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import jobs
+import main
+import procedures
+import reports
+import settings
+from checkpoints import TrainingState
+from components import FORMS
+from errors import RunFailed
+from scoring import format_scores
+
+RUN_FILES = {
+    "config.json",
+    "tokenizer.json",
+    "metrics.jsonl",
+    "best.safetensors",
+    "curves.png",
+    "confusion.png",
+    "last.pt",
+    "previous.pt",
+    ".lock",
+}
+
+
+# -------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_its_folder_and_nothing_else(finished):
+    run, _, out = finished
+    assert {path.name for path in run.iterdir()} == RUN_FILES
+    assert str(run) in out
+
+
+def test_without_run_dir_the_folder_is_under_runs(slice_of_reviews):
+    run_quietly(*TINY, "--dataset", slice_of_reviews, "--max-steps", "1")
+    (run,) = Path("runs", slice_of_reviews.name).iterdir()
+    assert {path.name for path in run.iterdir()} == RUN_FILES
+    assert [path.name for path in Path().iterdir()] == ["runs"]
+
+
+def test_config_json_holds_every_option_as_resolved(finished):
+    run, argv, _ = finished
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    assert config["options"] == vars(settings.resolve(settings.parse_args(argv)[0]))
+    assert config["options"].keys() == settings.option_fields().keys()
+    assert config["classes"] == ["negative", "positive"]
+    facts = {"torch", "python", "device_name", "processes", "threads"}
+    assert (facts | {"plan_fingerprint", "data_fingerprint"}) <= config.keys()
+    weights = load_file(run / "best.safetensors")
+    assert config["parameters"] == sum(tensor.numel() for tensor in weights.values())
+
+
+def test_metrics_have_an_event_for_each_step_epoch_and_test(finished):
+    run, _, out = finished
+    steps, epochs = events(run, "step"), events(run, "epoch")
+    n_steps = math.ceil(N_TRAIN / 32)
+    assert [event["step"] for event in steps] == list(range(1, 2 * n_steps + 1))
+    assert [event["epoch"] for event in steps] == [1] * n_steps + [2] * n_steps
+    assert all(
+        event.keys() == {"event", "step", "epoch", "loss", "lr", "tokens_per_second"}
+        and math.isfinite(event["loss"])
+        and event["tokens_per_second"] > 0
+        for event in steps
+    )
+    assert [event["lr"] for event in steps] == pytest.approx(
+        [1e-3 * step / 200 for step in range(1, 2 * n_steps + 1)]
+    )
+    assert [event["epoch"] for event in epochs] == [1, 2]
+    keys = {"seconds", "tokens", "padding_share", "train_loss", "validation_loss"}
+    assert all(keys | {"validation_accuracy"} <= event.keys() for event in epochs)
+    (test,) = events(run, "test")
+    assert 0 <= test["accuracy"] <= 1 and 0 <= test["macro_f1"] <= 1 and test["sentences"] == 40
+    assert f"accuracy {test['accuracy']:.2%}, " in out
+
+
+def test_the_folder_keeps_the_weights_of_the_best_validation(finished, run_copy):
+    best = max(event["validation_accuracy"] for event in events(run_copy, "epoch"))
+    validation = Path(json.loads((run_copy / "config.json").read_text())["options"]["dataset"])
+    write_files({"d/test.csv": (validation / "validation.csv").read_bytes()})
+    run_quietly("--run-dir", run_copy, "--test-only", "--dataset", "d")
+    assert events(run_copy, "test")[-1]["accuracy"] == best
+
+
+@pytest.mark.slow
+def test_the_epoch_of_the_best_validation_is_kept_and_tested(train, monkeypatch):
+    constant = ("--schedule", "constant", "--lr", "1e-2", "--warmup-steps", 1)
+    first = train("first", *constant, "--epochs", 1)
+    half_right = (0.5, np.ones((2, 2), int))
+    worse = iter([half_right, (1.0, np.diag([9, 9])), half_right, half_right])  # first: warm-up
+    monkeypatch.setattr(
+        procedures, "evaluate", lambda *args, **kwargs: procedures.Evaluation(1.0, *next(worse))
+    )
+    run = train("run", *constant, "--epochs", 3)
+    weights = "best.safetensors"
+    assert (run / weights).read_bytes() == (first / weights).read_bytes()
+    (kept,), (only,) = events(run, "test"), events(first, "test")
+    assert kept == only | {"step": 15, "checksum": kept["checksum"]}
+
+
+@pytest.mark.parametrize("name", ["curves.png", "confusion.png"])
+def test_figures_are_images_with_something_on_them(name, finished):
+    pixels = matplotlib.image.imread(finished[0] / name)
+    assert min(pixels.shape[:2]) > 300
+    assert pixels[..., :3].std() > 0.05
+
+
+def test_test_only_gives_the_same_numbers(finished, run_copy, capsys):
+    run_before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
+    assert main.main(["--run-dir", str(run_copy), "--test-only"]) == 0
+    first, again = events(run_copy, "test")
+    same = {"step": first["step"], "checksum": first["checksum"]}
+    assert again | same == first
+    line = next(line for line in finished[2].splitlines() if line.startswith("test of "))
+    assert line in capsys.readouterr().out
+    for name in ("config.json", "tokenizer.json", "best.safetensors"):
+        assert (run_copy / name).read_bytes() == run_before[name]
+
+
+# ---------------------------------------------------------------------------------- what is printed
+
+
+def test_the_header_has_no_counts_of_zero(finished):
+    header = finished[2].split("epoch 1")[0]
+    assert re.search(r"train: 150 sentences, [\d,]+ tokens, \d+\.\d% padding\n", header)
+    assert not re.search(r"\b0 \w", header)
+
+
+@pytest.mark.parametrize("threads, words", [(1, ", 1 thread,"), (2, ", 2 threads,")])
+def test_the_header_counts_threads(threads, words, capsys):
+    data = SimpleNamespace(
+        codec=SimpleNamespace(n_vocab=9), classes=["a", "b"], rows={}, report=str
+    )
+    facts = dict.fromkeys(("device", "device_name", "torch", "plan_fingerprint"), "x")
+    facts |= {"processes": 1, "threads": threads, "parameters": 1}
+    options = settings.resolve({})
+    job = jobs.Job(options, None, data.codec, data.classes, None, data, facts)
+    jobs.say_facts(job, None)
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [{"loss": 0.6931, "accuracy": 0.5}, {"loss": 7.25, "accuracy": 0.05, "bleu": 3.14159}],
+    ids=["classification", "translation"],
+)
+def test_epoch_lines_align_and_fit_120_columns(scores):
+    lines = [
+        procedures.epoch_line(TrainingState(epoch=e, seconds=seconds, n_tokens=n), 100, 1.5, scores)
+        for e, seconds, n in ((1, 0.04, 99), (9, 9.96, 12_345), (100, 7_200, 9_999_999_999))
+    ]
+    assert {len(f"{line}, best") for line in lines} <= set(range(121))
+    for word in (" s,", "tokens/s;", "loss", "validation", "accuracy"):
+        assert len({line.index(word) for line in lines}) == 1
+    assert lines[0].endswith("BLEU  3.1" if "bleu" in scores else "accuracy 50.00%")
+
+
+def test_bleu_has_one_decimal():
+    scores = {"bleu": 27.3456, "chrf": 50.06, "signature": "nrefs:1"}
+    assert format_scores(scores) == "BLEU 27.3, chrF 50.1"
+
+
+@pytest.mark.slow
+def test_a_translator_prints_its_signature_once_and_logs_it(finished_translator):
+    run, _, out = finished_translator
+    (test,) = events(run, "test")
+    assert "tok:13a" in test["signature"] and "Unicode NFC" in test["signature"]
+    assert out.count(test["signature"]) == 1 == out.count("tok:")
+    line = next(line for line in out.splitlines() if line.startswith("test of "))
+    assert f"BLEU {test['bleu']:4.1f}," in line
+    epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 2 and max(map(len, epochs)) <= 120
+    assert len({line.index("validation") for line in epochs}) == 1
+
+
+def test_scores_are_printed_and_logged_before_anything_is_drawn(
+    slice_of_reviews, monkeypatch, capsys
+):
+    seen = []
+
+    def fail(*args, **options):
+        seen.append((capsys.readouterr().out, len(events("r", "test"))))
+        raise OverflowError("too large to draw")
+
+    monkeypatch.setattr(reports, "draw_confusion", fail)
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--epochs", "1"]
+    assert main.main(argv) == 0
+    ((out, n_tests),) = seen
+    assert out.splitlines()[-1].startswith("test of 40 sentences: loss ") and n_tests == 1
+    lines = "".join(capsys.readouterr()).splitlines()
+    warnings = [line for line in lines if "confusion.png: cannot be drawn" in line]
+    assert len(warnings) == 1 and "too large to draw" in warnings[0]
+    assert {path.name for path in Path("r").iterdir()} == RUN_FILES - {"confusion.png"}
+
+
+def test_an_epoch_is_saved_before_it_is_printed(finished, monkeypatch):
+    def fail(*lines):
+        raise OSError("the screen is gone")
+
+    argv = [*finished[1][:-1], "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(procedures, "say", fail)
+        assert main.main(argv) == 1
+    state = torch.load("run/last.pt", weights_only=True)["state"]
+    assert (state["epoch"], state["validated_step"]) == (2, state["step"])
+    assert len(events("run", "epoch")) == 1
+    run_quietly("--resume", "--run-dir", "run")
+    assert without_times("run") == without_times(finished[0])
+
+
+# ---------------------------------------------------------------------------------- reproducibility
+
+
+@pytest.mark.slow
+def test_one_seed_gives_one_run_and_another_seed_another(finished, train):
+    first, again = finished[0], train("again")
+    assert without_times(again) == without_times(first)
+    weights = "best.safetensors"
+    assert (again / weights).read_bytes() == (first / weights).read_bytes()
+    other = train("other", "--seed", 1)
+    assert losses(other) != losses(first)
+    assert (other / weights).read_bytes() != (first / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(finished, train):
+    assert without_times(train("w", "--num-workers", 1)) == without_times(finished[0])
+
+
+@pytest.mark.slow
+def test_overwrite_leaves_nothing_of_the_earlier_run(finished, train):
+    run = train("run", "--seed", 1)
+    assert without_times(train(run, "--overwrite")) == without_times(finished[0])
+
+
+# ------------------------------------------------------------------------------- effects of options
+
+
+@pytest.mark.slow
+def test_a_word_that_decides_is_learned():
+    words = "the a film story of and with actors plot about year man".split()
+    rows = []
+    for i in range(400):
+        filler = [words[(i * 7 + k * (i % 5 + 1)) % len(words)] for k in range(6)]
+        filler.insert(i % 6, ("fine", "awful")[i // 2 % 2])
+        rows.append((" ".join([*filler, str(i)]), ("yes", "no")[i // 2 % 2]))
+    write_files({"made.csv": csv_bytes(rows)})
+    options = "--d-model 32 --d-ff 64 --epochs 6 --lr 5e-3 --warmup-steps 10".split()
+    run_quietly(*TINY, *options, "--dataset", "made.csv", "--run-dir", "r")
+    assert events("r", "test")[0]["accuracy"] >= 0.95
+    write_files({"in.txt": b"the awful story\nthe fine story\n"})
+    answers = run_quietly("--run-dir", "r", "--predict", "in.txt").splitlines()
+    assert [answer.split("\t")[0] for answer in answers] == ["no", "yes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [list, lambda line: line[::-1]], ids=["copy", "reversal"])
+def test_a_toy_task_is_learned_to_the_last_sentence_of_the_test_split(tmp_path, capsys, change):
+    toy_corpus(tmp_path, change)
+    assert translate_toy(tmp_path, "--epochs", "20", "--average-checkpoints", "1") == 0
+    hypotheses = (tmp_path / "run" / "test.hypotheses.txt").read_text()
+    assert hypotheses == (tmp_path / "test.out").read_text()
+    assert (
+        matplotlib.image.imread(tmp_path / "run" / "attention.png").std() > 0.01
+    )  # a picture, and not blank
+    out = capsys.readouterr().out
+    assert "BLEU 100.0" in out
+    assert out.count("  hypothesis  ") == 2 * 20
+
+    # Using the model takes its folder alone; a blank line stays one.
+    write_text_lines(tmp_path / "new.txt", ["a b c", "", "h g"])
+    expected = [" ".join(change(line.split())) for line in ("a b c", "", "h g")]
+    for beam_size in ("1", "4"):
+        use = ["--run-dir", "run", "--predict", "new.txt", "--beam-size", beam_size]
+        assert main.main(use) == 0
+        assert capsys.readouterr().out.splitlines() == expected
+
+
+@pytest.mark.slow
+def test_accumulating_halves_the_steps(train):
+    plain = train("plain", "--batch-size", 8)
+    run = train("accumulated", "--batch-size", 8, "--accumulate", 2)
+    n_batches = math.ceil(N_TRAIN / 8)
+    assert len(events(plain, "step")) == 2 * n_batches
+    assert len(events(run, "step")) == 2 * math.ceil(n_batches / 2)
+    assert events(run, "epoch")[0]["tokens"] == events(plain, "epoch")[0]["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_steps, epochs", [(5, 1), (7, 2)])
+def test_max_steps_stops_there(max_steps, epochs, train):
+    run = train("r", "--max-steps", max_steps)
+    assert len(events(run, "step")) == max_steps
+    assert len(events(run, "epoch")) == epochs
+    assert len(events(run, "test")) == 1
+
+
+@pytest.mark.slow
+def test_patience_stops_a_run_that_does_not_improve(train):
+    run = train("r", "--patience", 2, "--epochs", 9, "--lr", "1e-30")
+    assert len(events(run, "epoch")) == 1 + 2
+
+
+@pytest.mark.slow
+def test_average_checkpoints_saves_the_mean_of_the_last_epochs(train, monkeypatch):
+    averaged, average = [], procedures.average
+    monkeypatch.setattr(
+        procedures, "average", lambda dicts: averaged.append(list(dicts)) or average(averaged[-1])
+    )
+    # With a constant rate the first epochs of a longer run are those of a shorter one.
+    constant = ("--schedule", "constant", "--lr", "1e-2", "--warmup-steps", 1)
+    first = load_file(train("one", *constant, "--epochs", 1) / "best.safetensors")
+    two = train("two", *constant, "--epochs", 2, "--average-checkpoints", 2)
+    train("three", *constant, "--epochs", 3, "--average-checkpoints", 2)
+    (epoch_1, epoch_2), (again_2, epoch_3) = averaged
+    for name, weights in load_file(two / "best.safetensors").items():
+        assert epoch_1[name].equal(first[name])
+        assert epoch_2[name].equal(again_2[name])
+        torch.testing.assert_close(weights, (epoch_1[name] + epoch_2[name]) / 2)
+    assert not epoch_1["embedding.W_e"].equal(epoch_2["embedding.W_e"])
+    assert not epoch_2["embedding.W_e"].equal(epoch_3["embedding.W_e"])
+
+
+@pytest.mark.slow
+def test_bfloat16_runs_on_the_cpu(finished, train):
+    run = train("r", "--precision", "bf16")
+    assert losses(run) != losses(finished[0])
+    assert losses(run)[:3] == pytest.approx(losses(finished[0])[:3], rel=0.05)
+    assert {t.dtype for t in load_file(run / "best.safetensors").values()} == {torch.float32}
+
+
+def test_three_classes_with_numbers_as_labels():
+    rows = [(f"w{i % 3} {i}", (10, 9, -1)[i % 3]) for i in range(150)]
+    write_files({"made.csv": csv_bytes(rows)})
+    run_quietly(*TINY, "--dataset", "made.csv", "--run-dir", "r", "--max-steps", 2)
+    assert json.loads(Path("r/config.json").read_text())["classes"] == ["-1", "9", "10"]
+
+
+@pytest.mark.slow
+def test_pad_to_changes_the_width_and_not_the_losses(train):
+    exact = ("--dropout", 0, "--max-steps", 3, "--max-length", 100)
+    narrow, wide = train("narrow", *exact), train("wide", *exact, "--pad-to", 200)
+    assert losses(wide) == pytest.approx(losses(narrow), rel=1e-5)
+    assert events(narrow, "epoch")[0]["padding_share"] < 0.2
+    assert events(wide, "epoch")[0]["padding_share"] > 0.6
+
+
+@pytest.mark.slow
+def test_implementations_of_attention_agree(train):
+    exact = ("--dropout", 0, "--max-steps", 4)
+    first, *others = (losses(train(form, *exact, "--attention", form)) for form in FORMS)
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch, same", [("--lowercase", True), ("--no-lowercase", False)])
+def test_lowercase_and_vocab_size_are_those_of_the_tokenizer(switch, same, train):
+    run = train("r", "--train-tokenizer", switch, "--max-steps", 1)
+    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    assert (tokenizer.encode("A GOOD film").ids == tokenizer.encode("a good film").ids) == same
+    assert tokenizer.get_vocab_size() == 400
+    assert load_file(run / "best.safetensors")["embedding.W_e"].shape == (400, 16)
+
+
+def test_a_new_tokenizer_is_trained_on_the_training_split_alone():
+    for split, word in (("train", "common"), ("validation", "valid"), ("test", "tested")):
+        rows = [(f"{word} {word} {i}", str(i % 2)) for i in range(60)]
+        write_files({f"d/{split}.csv": csv_bytes(rows)})
+    run_quietly(*TINY, "--dataset", "d", "--run-dir", "r", "--max-steps", 1)
+    vocab = Tokenizer.from_file("r/tokenizer.json").get_vocab()
+    assert "\u0120common" in vocab
+    assert not any("alid" in token or "est" in token for token in vocab)
+
+
+def test_a_given_tokenizer_is_the_one_of_the_run(slice_of_reviews):
+    vocab = {w: i for i, w in enumerate(["the", "film", "[UNK]", "[PAD]", "[CLS]", "[SEP]"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save("own.json")
+    argv = [a for a in TINY if a not in ("--vocab-size", "400")]
+    argv += ["--dataset", str(slice_of_reviews), "--run-dir", "r", "--tokenizer", "own.json"]
+    out = run_quietly(*argv, "--max-steps", 1)
+    assert "tokenizer of 6 tokens" in out
+    assert Tokenizer.from_file("r/tokenizer.json").get_vocab() == vocab
+    Path("own.json").unlink()
+    run_quietly("--run-dir", "r", "--test-only")
+
+
+# ----------------------------------------------------------------------------------- runs that fail
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_step_and_rate(slice_of_reviews, capsys):
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--lr", "4e30"]
+    assert main.main([*argv, "--warmup-steps", "4"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    # The first step, at 1e30, has a finite loss and ruins the weights.
+    assert line.startswith("error: step 2: the loss is nan at learning rate 2e+30; ")
+    assert "--lr" in line and "--warmup-steps" in line
+    assert [event["step"] for event in events("r", "step")] == [1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_training_ends_with_one_line(slice_of_reviews):
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--epochs", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "main.py"), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert any(re.match("epoch +2:", line) for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=WAIT_LIMIT)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    (line,) = err.strip().splitlines()
+    command = f"python {PROJECT / 'main.py'} --resume --run-dir r"
+    assert re.fullmatch(r"stopped; step \d+ is saved; resume with: " + re.escape(command), line)
+    assert {path.name for path in Path("r").iterdir()} >= RUN_FILES - {"confusion.png"}
+    run_quietly("--run-dir", "r", "--test-only")
+
+
+@pytest.mark.slow
+def test_a_run_piped_to_head_trains_to_its_end(slice_of_reviews):
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r"]
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "main.py"), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(WAIT_LIMIT) == 0
+    finally:
+        process.kill()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert err.count("warning: standard output was closed; the run continues without it") == 1
+    assert "Traceback" not in err
+    assert {path.name for path in Path("r").iterdir()} == RUN_FILES
+
+
+@pytest.mark.parametrize(
+    "error, status, words",
+    [(KeyboardInterrupt(), 130, "stopped"), (RunFailed("full"), 1, "error: full")],
+)
+def test_a_run_that_ends_before_its_first_loss_says_why(
+    error, status, words, slice_of_reviews, monkeypatch, capsys
+):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(procedures, "train_step", fails)
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r"]
+    assert main.main(argv) == status
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(words)
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler_is_one_line(slice_of_reviews):
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--compile"]
+    process = subprocess.run(
+        [sys.executable, str(PROJECT / "main.py"), *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": "cache"},
+        timeout=WAIT_LIMIT,
+    )
+    assert process.returncode == 1
+    line = process.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: --compile: ") and "compiler" in line
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+def test_a_run_shorter_than_its_warm_up_is_warned_of_and_its_epoch_time_extrapolated(
+    slice_of_reviews, capsys
+):
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--max-steps", "2"]
+    assert main.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "warning: --warmup-steps 200: only 2 in this run, so the learning rate" in err
+    n_steps = math.ceil(N_TRAIN / 32)
+    assert re.search(rf"one training epoch: about .* s, extrapolated from 2 of {n_steps} st", out)
+    assert main.main([*argv[:-2], "--overwrite", "--warmup-steps", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert "warning" not in err
+    assert re.search(r"one training epoch: [\d.]+ s, median of 2 \([\d.]+ to [\d.]+\)\n", out)
