@@ -1,5 +1,6 @@
 """Tables in the cache of `datasets`: written once, found by a key, checked when read."""
 
+import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterable
@@ -47,6 +48,16 @@ def is_whole(file: Path | str) -> bool:
         return False
 
 
+def is_intact(file: Path) -> bool:
+    """Whether a cache file is the one whose checksum was written beside it."""
+    try:
+        with open(file, "rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        return file.with_suffix(".sha256").read_text(encoding="ascii") == found
+    except (OSError, ValueError):
+        return False
+
+
 def cached_table(key: str, build: Callable[[str], "Dataset"]) -> "Dataset":
     """The table that build(file) keeps in the cache file of that key; a damaged one is built again.
 
@@ -54,9 +65,15 @@ def cached_table(key: str, build: Callable[[str], "Dataset"]) -> "Dataset":
     """
     file = cache_folder() / f"{key}.arrow"
     try:
-        if file.exists() and not is_whole(file):
-            file.unlink()
-        return build(str(file))
+        if is_intact(file):
+            return build(str(file))
+        file.unlink(missing_ok=True)
+        table = build(str(file))
+        scratch = Path(f"{file}.{secrets.token_hex(8)}")
+        with open(file, "rb") as stream:
+            scratch.write_text(hashlib.file_digest(stream, "sha256").hexdigest(), encoding="ascii")
+        scratch.replace(file.with_suffix(".sha256"))
+        return table
     except OSError as error:
         raise cache_problem(file.parent, error) from None
 

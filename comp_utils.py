@@ -233,11 +233,11 @@ def digest(*parts: Any) -> str:
 
 
 def write_lines(stream: TextIO, *lines: str) -> bool:
-    """Prints lines at once. Returns False if the reader of the stream, such as `head`, has ended;
-    from then on the stream goes nowhere, for a run outlives the reader of its output."""
+    """Prints lines at once. Returns False if they cannot be written, as when the reader, such as
+    `head`, has ended; from then on the stream goes nowhere, for a run outlives its output."""
     try:
         print(*lines, sep="\n", file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError:  # also a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
     return True
@@ -246,7 +246,7 @@ def write_lines(stream: TextIO, *lines: str) -> bool:
 def say(*lines: str) -> None:
     """Lines on standard output."""
     if not write_lines(sys.stdout, *lines):
-        warn("standard output was closed; the run continues without it")
+        warn("standard output was closed or is full; the run continues without it")
 
 
 def warn(line: str) -> None:
@@ -287,6 +287,9 @@ def set_up_output(encoding: str | None = None) -> None:
 
     encoding: of stdout, instead of the locale's.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed when the process started
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream, name in ((sys.stdout, encoding), (sys.stderr, None)):
         if hasattr(stream, "reconfigure"):  # not io.StringIO, for instance
             stream.reconfigure(encoding=name, errors="replace")

@@ -99,7 +99,9 @@ class DataConfig:
     target_column: str = option(
         "label", "column, or suffix, of the labels or translations", metavar="NAME"
     )
-    max_length: int = option(256, "longest sentence in tokens, including its end token", low=2)
+    max_length: int = option(
+        256, "longest sentence in tokens, including its end token", low=2, below=100_001
+    )
     batch_size: int | None = option(
         None, "sentences per process and micro-batch", low=1, unset="none, see --batch-tokens"
     )
@@ -110,7 +112,7 @@ class DataConfig:
         unset="none, see --batch-size",
     )
     pad_to: int = option(
-        0, "pad every batch to this many tokens; 0: to its longest sentence", low=0
+        0, "pad every batch to this many tokens; 0: to its longest sentence", low=0, below=100_001
     )
     num_workers: int = option(0, "processes that load batches; 0: the training process", low=0)
 

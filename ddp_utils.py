@@ -6,6 +6,7 @@ returns what it was given.
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -109,8 +110,8 @@ def check_environment() -> None:
     ]
     problems += [
         f"{name} {os.environ[name]}: not a whole number; start the processes with torchrun"
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        if not os.environ[name].isdecimal()
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        if not os.environ.get(name, "0").isdecimal()
     ]
     if problems:
         raise BadInput(*problems)
@@ -129,6 +130,8 @@ def process_group(device: str) -> Iterator[None]:
     set_by_torchrun = n_local > 1 and THREADS_SET not in os.environ
     if set_by_torchrun and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(threads_per_process(n_local))
+    # Python's handlers do not run while C++ code waits for the other processes.
+    before = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
     store, number, n = next(dist.rendezvous("env://", timeout=TIMEOUT))
     own = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if uses_cuda else None
     if own:
@@ -142,6 +145,8 @@ def process_group(device: str) -> Iterator[None]:
         timeout=TIMEOUT,
         device_id=own,
     )
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
     try:
         yield
     except Exception as error:

@@ -113,7 +113,8 @@ def read_delimited(path: Path, delimiter: str, quoted: bool, columns: tuple[str,
                 n_rows += 1
                 yield f"{path}, line {begin}", dict(zip(header, values))
     except csv.Error as error:
-        raise BadInput(f"{path}, line {end + 1}: broken csv ({error}); fix the line") from None
+        reason = "a lone CR inside the line" if "new-line" in str(error) else error
+        raise BadInput(f"{path}, line {end + 1}: broken csv ({reason}); fix the line") from None
 
 
 def has_quoted_fields(paths: Iterable[Path]) -> bool:

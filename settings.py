@@ -202,13 +202,23 @@ def parse_args(
             wanted = {int: "a whole number", float: "a number", str: "a name"}[kind]
             problems.append(f"{format_flag(name)} {text}: give {wanted}")
             continue
-        problem = limit_problem(name, value, f.metadata, text)
+        problem = limit_problem(name, value, f.metadata, text) or encoding_problem(name, value)
         given |= {} if problem else {name: value}
         problems += [problem] if problem else []
     misspelled = unknown_options(unknown, known)
     if misspelled:
         raise BadInput(*misspelled, *problems)
     return given, problems
+
+
+def encoding_problem(name: str, value: Any) -> str | None:
+    """A line about a value that the locale could not decode."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        shown = ascii(value)
+        return f"{format_flag(name)} {shown}: not UTF-8; rename it, or set PYTHONUTF8=1"
+    return None
 
 
 def unknown_options(words: list[str], known: dict[str, Any]) -> list[str]:

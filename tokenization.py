@@ -86,10 +86,6 @@ def as_counter(tokenizer: Tokenizer, unk: str) -> Tokenizer | None:
     counter.encode_special_tokens = True
     return counter
 
-    def encode_and_count(self, texts):
-        ids = self.encode(texts)
-        return ids, [row.count(self.unk_id) for row in ids]
-
 
 def as_codec(tokenizer: Tokenizer) -> TextCodec:
     """Finds the special tokens, and adds those that are missing."""

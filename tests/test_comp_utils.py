@@ -146,7 +146,7 @@ def test_the_end_of_the_reader_of_stdout_is_warned_of_once(monkeypatch, capsys):
         say("second", "third")
         monkeypatch.undo()
     assert capsys.readouterr().err == (
-        "warning: standard output was closed; the run continues without it\n"
+        "warning: standard output was closed or is full; the run continues without it\n"
     )
 
 

@@ -127,6 +127,10 @@ def test_without_local_variables_there_is_one_process_per_machine(corpora):
             {"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
             ["RANK x: not a whole number; start the processes with torchrun"],
         ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "x"},
+            ["MASTER_PORT x: not a whole number; start the processes with torchrun"],
+        ),
     ],
 )
 def test_an_incomplete_environment_is_named(environment, lines, monkeypatch, capsys):

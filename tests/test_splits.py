@@ -28,7 +28,7 @@ from helpers import (
 )
 
 import cache as cache_module
-from cache import is_whole
+from cache import is_intact
 from config import ASSETS, DataConfig
 from errors import BadInput
 from files import SPLITS
@@ -159,6 +159,7 @@ def damage(file: Path, how: str) -> None:
         "empty": b"",
         "zeros": bytes(len(content)),
         "not UTF-8": content.replace(b"good film 7", b"good fil\xff\xfe7"),
+        "other text": content.replace(b"good film 7", b"bad! film 7"),
     }
     assert spoilt[how] != content
     file.write_bytes(spoilt[how])
@@ -170,18 +171,21 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("how", ["end cut off", "half", "empty", "zeros", "not UTF-8"])
+@pytest.mark.parametrize(
+    "how", ["end cut off", "half", "empty", "zeros", "not UTF-8", "other text"]
+)
 def test_a_damaged_cache_is_built_again(how, cache):
     write("x.csv", csv_text(numbered(2500)))
     before = rows_of("x.csv")
     files = sorted(cache.rglob("*.arrow"))
     assert len(files) == 4, "all rows, and what each split takes of them"
-    whole = [file for file in files if how != "not UTF-8" or b"good film 7" in file.read_bytes()]
+    texts = ("not UTF-8", "other text")
+    whole = [file for file in files if how not in texts or b"good film 7" in file.read_bytes()]
     for file in whole:
         damage(file, how)
-        assert not is_whole(file)
+        assert not is_intact(file)
     assert rows_of("x.csv") == before
-    assert all(map(is_whole, files))
+    assert all(map(is_intact, files))
 
 
 @pytest.mark.parametrize("how", ["end cut off", "half", "empty", "zeros"])
