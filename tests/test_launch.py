@@ -5,6 +5,8 @@ import os
 import random
 import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import events, run_quietly, without_times
-from processes import PROJECT, free_port, group, launched, ranks, ranks_quietly, torchrun
+from processes import (
+    PROJECT,
+    WAIT_LIMIT,
+    free_port,
+    group,
+    launched,
+    ranks,
+    ranks_quietly,
+    torchrun,
+)
 from runs import RANK_OPTIONS, assert_same_weights
 
 import comp_utils
@@ -258,3 +269,24 @@ def test_two_machines_with_folders_of_their_own_make_one_run(corpora):
     run_quietly("--resume", "--run-dir", "run", "--max-steps", 13)
     assert_same_weights("node0/run", "run", exactly=True)
     assert without_times("node0/run") == without_times("run")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_sigterm_ends_a_process_that_waits_for_its_group(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        where = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        process = subprocess.Popen(
+            [sys.executable, str(PROJECT / "ddp_main.py"), "--device", "cpu"],
+            env={**os.environ, **address, **where},
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            server.settimeout(WAIT_LIMIT)
+            connection, _ = server.accept()  # it has begun to wait; nobody will answer
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(WAIT_LIMIT) == -signal.SIGTERM
+            connection.close()
+        finally:
+            process.kill()

@@ -326,3 +326,12 @@ def test_a_missing_run_dir_is_refused_with_the_latest_run(path, command, capsys)
 def test_a_missing_run_dir_where_there_is_no_run_is_refused(capsys):
     (line,) = refuse(["--predict", "in.txt"], capsys)
     assert line == "error: --run-dir: missing; give the folder of a run"
+
+
+def test_a_name_that_the_locale_cannot_decode_is_refused(capsys):
+    refuse_with(["--run-dir", "w\udcff6"], ["--run-dir 'w\\udcff6'", "not UTF-8", "rename"], capsys)
+
+
+@pytest.mark.parametrize("name", ["--max-length", "--pad-to"])
+def test_lengths_that_no_position_table_can_hold_are_refused(name, capsys):
+    refuse_with([name, "100000000"], [f"{name} 100000000", "below 100001"], capsys)

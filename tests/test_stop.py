@@ -483,3 +483,16 @@ def test_a_folder_that_is_removed_during_its_run_ends_it_with_one_line(small_dat
     line = only_error(capsys, status, 1, "run/", "No such file or directory")
     assert "is saved" not in line
     assert not Path("run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">/dev/full", "2>/dev/full"])
+def test_a_stream_that_is_closed_or_full_from_the_start_costs_nothing(closed, small_data):
+    argv = command("classification", small_data, Path("run").absolute(), "--epochs", "1")
+    line = shlex.join([sys.executable, str(PROJECT / "main.py"), *map(str, argv)])
+    process = subprocess.run(
+        f"{line} {closed}", shell=True, capture_output=True, text=True, timeout=WAIT_LIMIT
+    )
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    assert len(events("run", "test")) == 1
