@@ -11,13 +11,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+from processes import WAIT_LIMIT  # noqa: F401, for test modules
 
 import main
 from config import DataConfig
 from splits import Splits, load_splits
 
 PROJECT = Path(main.__file__).parent
-WAIT_LIMIT = 600.0  # seconds; only stops a test that hangs
 
 
 TINY = (
