@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
+
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 FORMS = ("list", "matmul", "fused")  # one head after the other, all at once, torch's kernel
 
@@ -92,7 +94,7 @@ class Unembedding(nn.Module):
         self.W_u = embedding.W_e
 
     def forward(self, X: Tensor) -> Tensor:
-        return X @ self.W_u.T
+        return kernels.linear(X, self.W_u)
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -113,6 +115,27 @@ def causal_mask(l_x: int, l_z: int, device: torch.device) -> Tensor:
     Source: FA, Algorithm 4 (unidirectional attention); AIAYN, section 3.2.3.
     """
     return torch.ones(l_x, l_z, dtype=torch.bool, device=device).tril(l_z - l_x)
+
+
+# --------------------------------------------------------------------------------- linear, dropout
+
+
+class Linear(nn.Linear):
+    """W x + b, with Glorot-uniform W and b = 0: the usual start; neither paper names one."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return kernels.linear(X, self.weight, self.bias)
+
+
+class Dropout(nn.Dropout):
+    """x / (1 - p) with probability 1 - p, else 0; x unless training."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        return kernels.dropout(X, self.p) if self.training and self.p else X
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -181,12 +204,10 @@ class MHAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.n_heads, self.form = n_heads, form
-        self.W_q = nn.Linear(d_x, n_heads * d_attn)
-        self.W_k = nn.Linear(d_z, n_heads * d_attn)
-        self.W_v = nn.Linear(d_z, n_heads * d_mid)
-        self.W_o = nn.Linear(n_heads * d_mid, d_out)
-        for W in (self.W_q, self.W_k, self.W_v, self.W_o):
-            init_linear(W)
+        self.W_q = Linear(d_x, n_heads * d_attn)
+        self.W_k = Linear(d_z, n_heads * d_attn)
+        self.W_v = Linear(d_z, n_heads * d_mid)
+        self.W_o = Linear(n_heads * d_mid, d_out)
 
     def forward(
         self, X: Tensor, Z: Tensor | None, Mask: Tensor | str | None, past: Context | None = None
@@ -231,7 +252,7 @@ class MHAttention(nn.Module):
         Q = self._heads(X.reshape(past.K.shape[0], -1, X.shape[2]), self.W_q)
         return Q, past.K, past.V
 
-    def _heads(self, X: Tensor, W: nn.Linear) -> Tensor:
+    def _heads(self, X: Tensor, W: Linear) -> Tensor:
         """(b, l, d) -> (b, h, l, d_attn or d_mid). W has the rows of head 1, of head 2, ..."""
         if self.form == "list":
             heads = zip(W.weight.chunk(self.n_heads), W.bias.chunk(self.n_heads))
@@ -240,12 +261,6 @@ class MHAttention(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- layers
-
-
-def init_linear(W: nn.Linear) -> None:
-    """Glorot-uniform weights and zero bias: the usual choice; neither paper names one."""
-    nn.init.xavier_uniform_(W.weight)
-    nn.init.zeros_(W.bias)
 
 
 def layer_norm(X: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
@@ -281,10 +296,11 @@ class FeedForward(nn.Module):
     def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.W_1 = nn.Linear(d_model, d_ff)
-        self.W_2 = nn.Linear(d_ff, d_model)
-        for W in (self.W_1, self.W_2):
-            init_linear(W)
+        self.W_1 = Linear(d_model, d_ff)
+        self.W_2 = Linear(d_ff, d_model)
 
     def forward(self, X: Tensor) -> Tensor:
+        if self.activation is F.relu:
+            W_1, W_2 = self.W_1, self.W_2
+            return kernels.feed_forward(X, W_1.weight, W_1.bias, W_2.weight, W_2.bias)
         return self.W_2(self.activation(self.W_1(X)))  # (..., d_model) -> d_ff -> d_model

@@ -123,6 +123,11 @@ class Batch:
             lambda t: t.to(device, non_blocking=device.type == "cuda" and t.is_pinned())
         )
 
+    def repeat(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """src, tgt_in and tgt_out of the rows n times, one copy after the other."""
+        tensors = (self.src, self.tgt_in, self.tgt_out)
+        return tensors if n == 1 else tuple(t.repeat(n, 1) for t in tensors)
+
     def __reduce__(self) -> tuple:
         """A worker sends arrays through a pipe: tensors would need shared memory, and a worker
         that has too little of it (/dev/shm) waits for ever."""

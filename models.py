@@ -8,6 +8,7 @@ Shapes: b batch, h heads, l_z source length, l_x target length, d d_model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,15 +16,18 @@ from components import (
     CAUSAL,
     POSITIONS,
     Context,
+    Dropout,
     FeedForward,
     LayerNorm,
+    Linear,
     MHAttention,
     TokenEmbedding,
     Unembedding,
-    init_linear,
     padding_mask,
 )
 from config import ModelConfig
+
+Loss = Callable[[Tensor, nn.Module], Any]  # of the trunk's output (b, l_x, d) and the output layer
 
 
 class Layer(nn.Module):
@@ -33,7 +37,7 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attention = build_attention(config)
         self.norm_1 = LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def residual(self, X: Tensor, norm: LayerNorm, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """norm(X + dropout(sublayer(X))), for each sub-layer.
@@ -127,7 +131,7 @@ class EncoderDecoder(nn.Module):
         self.positions = POSITIONS[config.positions](max_len, config.d_model)
         self.encoder = nn.ModuleList([EncoderLayer(config) for _ in range(config.n_layers)])
         self.decoder = nn.ModuleList([DecoderLayer(config) for _ in range(config.n_layers)])
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def embed(self, ids: Tensor, start: int = 0) -> Tensor:
         """dropout(embedding + position): ids (b, l), the first at position start -> (b, l, d)."""
@@ -153,6 +157,12 @@ class EncoderDecoder(nn.Module):
             X = layer(X, memory, src_Mask, past, seen)
         return X
 
+    def forward(self, src: Tensor, tgt_in: Tensor, loss: Loss | None = None) -> Any:
+        """Logits (b, l_x, n); or what a loss makes of the trunk's output and the output layer, so
+        that it can compute the logits of a translator a part at a time."""
+        X = self.trunk(src, tgt_in)
+        return self.output(X) if loss is None else loss(X, self.output)
+
     def trunk(self, src: Tensor, tgt_in: Tensor) -> Tensor:
         """src (b, l_z), tgt_in (b, l_x) -> the decoder's output (b, l_x, d)."""
         src_Mask = padding_mask(src, self.pad_id)  # (b, 1, 1, l_z)
@@ -170,8 +180,10 @@ class Transformer(EncoderDecoder):
         super().__init__(config, **sizes)
         self.unembedding = Unembedding(self.embedding)
 
-    def forward(self, src: Tensor, tgt_in: Tensor) -> Tensor:
-        return self.unembedding(self.trunk(src, tgt_in))
+    @property
+    def output(self) -> nn.Module:
+        """The layer that makes logits."""
+        return self.unembedding
 
     def start(self, src: Tensor) -> Cache:
         """Encodes src (b, l_z) for `step`."""
@@ -204,11 +216,12 @@ class TransformerClassifier(EncoderDecoder):
 
     def __init__(self, config: ModelConfig, *, n_classes: int, **sizes: int) -> None:
         super().__init__(config, **sizes)
-        self.W_c = nn.Linear(config.d_model, n_classes)
-        init_linear(self.W_c)
+        self.W_c = Linear(config.d_model, n_classes)
 
-    def forward(self, src: Tensor, tgt_in: Tensor) -> Tensor:
-        return self.W_c(self.trunk(src, tgt_in))
+    @property
+    def output(self) -> nn.Module:
+        """The layer that makes logits."""
+        return self.W_c
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -6,11 +6,14 @@ Source: *Attention Is All You Need* (AIAYN, arXiv 1706.03762), sections 5 and 6.
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+import kernels
 from comp_utils import is_out_of_memory
+from components import Unembedding
 from data import NO_TARGET, Batch
 from ddp_utils import defer_sync, sum_across_ranks, world_size
 from errors import RunFailed
@@ -81,6 +84,25 @@ def count_correct(logits: Tensor, tgt_out: Tensor) -> Tensor:
     return (highest == tgt_out).sum(dtype=torch.float32)
 
 
+def loss_and_counts(
+    X: Tensor, output: nn.Module, tgt_out: Tensor, *, label_smoothing: float, r_drop: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss to be minimized, cross-entropy without smoothing, correct targets: sums, () each.
+
+    Takes the trunk's output X (b, l_x, d), and the layer that makes logits of it. On a CPU the
+    logits of a translator are computed for the real targets alone, and never all at once.
+    """
+    if isinstance(output, Unembedding) and not r_drop and not kernels.is_plain(X):
+        rows = (tgt_out.flatten() != NO_TARGET).nonzero()[:, 0]  # (n)
+        X, targets = X.flatten(0, 1)[rows], tgt_out.flatten()[rows]
+        return kernels.LinearCrossEntropy.apply(X, output.W_u, targets, label_smoothing)
+    logits = output(X)  # (b, l_x, n_vocab or n_classes)
+    loss_sum, nll_sum = loss_sums(logits, tgt_out, label_smoothing)
+    if r_drop:
+        loss_sum = loss_sum + r_drop * disagreement_sum(logits, tgt_out)
+    return loss_sum, nll_sum, count_correct(logits, tgt_out)
+
+
 # ---------------------------------------------------------------------------------------- optimizer
 
 
@@ -139,16 +161,15 @@ def add_gradients(
     for i, batch in enumerate(micro_batches):
         if seeds:
             torch.manual_seed(seeds[i])
-        src, tgt_in = batch.src.repeat(n_times, 1), batch.tgt_in.repeat(n_times, 1)
-        tgt_out = batch.tgt_out.repeat(n_times, 1)
+        src, tgt_in, tgt_out = batch.repeat(n_times)
+        loss = partial(
+            loss_and_counts, tgt_out=tgt_out, label_smoothing=label_smoothing, r_drop=r_drop
+        )
         with explain_out_of_memory(batch), defer_sync(model, last=batch is micro_batches[-1]):
             with precision:
-                logits = model(src, tgt_in)  # (b, l_x, n)
-            loss_sum, nll_sum = loss_sums(logits, tgt_out, label_smoothing)
-            if r_drop:
-                loss_sum = loss_sum + r_drop * disagreement_sum(logits, tgt_out)
+                loss_sum, nll_sum, n_correct = model(src, tgt_in, loss)
             scaler.scale(loss_sum * weight).backward()
-        sums.append(torch.stack((nll_sum, count_correct(logits, tgt_out))) / n_times)
+        sums.append(torch.stack((nll_sum, n_correct)) / n_times)
     flag = sums[0].new_full((1,), signal)
     return sum_across_ranks(torch.cat((torch.stack(sums).sum(dim=0), flag)))
 

@@ -29,9 +29,8 @@ from optimization import (
     add_gradients,
     average,
     build_optimizer,
-    count_correct,
     explain_out_of_memory,
-    loss_sums,
+    loss_and_counts,
     lr_at,
     train_step,
 )
@@ -63,14 +62,16 @@ def evaluate(
     sums = torch.zeros(len(plan), 2, device=device)
     n_classes = len(data.classes or ())
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+
+    def loss(X: Tensor, output: nn.Module) -> Tensor:
+        if data.classes:
+            pairs = (batch.tgt_out[:, 0].cpu(), output(X)[:, 0].argmax(dim=-1).cpu())  # (b), (b)
+            confusion.index_put_(pairs, torch.tensor(1), accumulate=True)
+        return torch.stack(loss_and_counts(X, output, batch.tgt_out, label_smoothing=0.0)[1:])
+
     for i, batch in zip(own, data.load(split, [plan[i] for i in own], device)):
         with explain_out_of_memory(batch), autocast(precision, device):
-            logits = model(batch.src, batch.tgt_in)  # (b, l_x, n)
-        nll_sum = loss_sums(logits, batch.tgt_out, 0.0)[1]
-        sums[i] = torch.stack((nll_sum, count_correct(logits, batch.tgt_out)))
-        if data.classes:
-            pairs = (batch.tgt_out[:, 0].cpu(), logits[:, 0].argmax(dim=-1).cpu())  # (b), (b)
-            confusion.index_put_(pairs, torch.tensor(1), accumulate=True)
+            sums[i] = model(batch.src, batch.tgt_in, loss)
     nll, n_correct = sum_across_ranks(sums).cpu().double().sum(dim=0).tolist()
     confusion = sum_across_ranks(confusion).numpy() if data.classes else None
     n_targets = int(data.sizes(split, plan).n_targets.sum())

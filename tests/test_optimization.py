@@ -68,7 +68,7 @@ def step_on_meta(make, wrong=None) -> Tensor:
     """On a device without values: reading one, or using a CPU tensor, fails."""
     model = make(dropout=0.1).to("meta")
     if wrong is not None:
-        model.register_forward_hook(lambda module, args, logits: wrong(logits))
+        model.output.register_forward_hook(lambda module, args, logits: wrong(logits))
     optimizer = build_optimizer(model, weight_decay=0.01, fused=False)
     batches = [batch_of(make).to(torch.device("meta")) for _ in range(2)]
     return step(model, batches, optimizer, max_norm=1.0)

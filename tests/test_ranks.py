@@ -258,9 +258,10 @@ def diverges() -> None:
     """The third step's loss is NaN; one rank sees that at once and the other not by itself."""
     loss_sums, calls = optimization.loss_sums, iter(range(10**6))
 
-    def nan(*args):
-        is_bad = is_mine() and next(calls) > 2  # the first is in the warm-up
-        return tuple(x * torch.nan if is_bad else x for x in loss_sums(*args))
+    def nan(logits, *args):
+        is_training = logits.requires_grad
+        is_bad = is_mine() and is_training and next(calls) > 2  # the first is in the warm-up
+        return tuple(x * torch.nan if is_bad else x for x in loss_sums(logits, *args))
 
     optimization.loss_sums = nan
     StepLog.SECONDS_BETWEEN_FLUSHES = 0.0 if is_mine() else 10**9

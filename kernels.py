@@ -1,0 +1,182 @@
+"""Faster forms, on a CPU, of three things that torch does slowly there: products, dropout, loss.
+
+Each function gives what its plain form in torch gives, and takes that form on other devices, in
+other precisions and under torch.compile; with RHEA_PLAIN=1 in the environment, everywhere.
+Shapes: n rows, d columns, V vocabulary.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+PLAIN = os.environ.get("RHEA_PLAIN") == "1"
+ROWS = 256  # of logits that exist at once: 8 MB for a vocabulary of 8,000, which caches hold
+
+
+def is_plain(X: Tensor) -> bool:
+    """Whether torch's own form is taken: on other devices, in 16 bits and when compiled."""
+    return (
+        X.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    )
+
+
+# ----------------------------------------------------------------------------------------- products
+
+
+def onednn_is_faster() -> bool:
+    """Whether torch's default library for products, MKL, leaves AVX-512 unused here.
+
+    It does on processors that are not Intel's, and takes twice as long there as oneDNN.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    is_intel = cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text("utf-8", "replace")
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and not is_intel
+    )
+
+
+ONEDNN = onednn_is_faster()
+MIN_PRODUCTS = 1 << 20  # below it, the time of a call to oneDNN is longer than its product saves
+
+
+def product(X: Tensor, W: Tensor, b: Tensor | None = None, activation: str = "none") -> Tensor:
+    """activation(X W^T + b) by oneDNN, without gradients."""
+    return torch.ops.mkldnn._linear_pointwise.default(X, W, b, activation, [], "")
+
+
+def weight_gradient(dY: Tensor, X: Tensor) -> Tensor:
+    """dY^T X: dY (..., V), X (..., d) -> (V, d). oneDNN first copies the transposed left factor."""
+    dY, X = dY.flatten(0, -2), X.flatten(0, -2)
+    if dY.shape[1] > X.shape[1]:
+        return product(X.t(), dY.t()).t()
+    return product(dY.t(), X.t())
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """`product` with gradients."""
+
+    @staticmethod
+    def forward(ctx, X: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(X, W)
+        return product(X, W, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dY: Tensor) -> tuple[Tensor | None, ...]:
+        X, W = ctx.saved_tensors
+        dX = product(dY, W.t()) if ctx.needs_input_grad[0] else None
+        db = dY.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
+        return dX, weight_gradient(dY, X), db
+
+
+class OneDNNFeedForward(torch.autograd.Function):
+    """W_2 relu(W_1 x + b_1) + b_2, with the ReLU in the same pass as the product before it."""
+
+    @staticmethod
+    def forward(ctx, X: Tensor, W_1: Tensor, b_1: Tensor, W_2: Tensor, b_2: Tensor) -> Tensor:
+        H = product(X, W_1, b_1, "relu")
+        ctx.save_for_backward(X, H, W_1, W_2)
+        return product(H, W_2, b_2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dY: Tensor) -> tuple[Tensor | None, ...]:
+        X, H, W_1, W_2 = ctx.saved_tensors
+        dH = product(dY, W_2.t())
+        torch.ops.aten.threshold_backward.grad_input(dH, H, 0.0, grad_input=dH)
+        db_1, db_2 = dH.flatten(0, -2).sum(dim=0), dY.flatten(0, -2).sum(dim=0)
+        dX = product(dH, W_1.t()) if ctx.needs_input_grad[0] else None
+        return dX, weight_gradient(dH, X), db_1, weight_gradient(dY, H), db_2
+
+
+def uses_onednn(X: Tensor, W: Tensor) -> bool:
+    """Whether oneDNN computes X W^T."""
+    is_large = X.numel() * len(W) >= MIN_PRODUCTS
+    return ONEDNN and is_large and X.dtype == torch.float32 and not is_plain(X)
+
+
+def linear(X: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """X W^T + b: X (..., d), W (V, d), b (V) -> (..., V). Plain form: `F.linear`."""
+    if not uses_onednn(X, W):
+        return F.linear(X, W, b)
+    return OneDNNLinear.apply(X, W, b) if torch.is_grad_enabled() else product(X, W, b)
+
+
+def feed_forward(X: Tensor, W_1: Tensor, b_1: Tensor, W_2: Tensor, b_2: Tensor) -> Tensor:
+    """W_2 relu(W_1 x + b_1) + b_2: X (..., d_model), W_1 (d_ff, d_model), W_2 (d_model, d_ff)."""
+    if not uses_onednn(X, W_1):
+        return F.linear(F.linear(X, W_1, b_1).relu(), W_2, b_2)
+    return OneDNNFeedForward.apply(X, W_1, b_1, W_2, b_2)
+
+
+# ------------------------------------------------------------------------------------------ dropout
+
+
+def dropout(X: Tensor, p: float) -> Tensor:
+    """X / (1 - p) with probability 1 - p, else 0, each value for itself. Plain form: `F.dropout`.
+
+    torch draws one value after the other; here one draw of its generator serves four. So p is
+    rounded to 16 bits, and so is the scale: the mean stays exactly that of X.
+    """
+    n_dropped = round(p * 2**16)  # of the 2^16 values that 16 bits have
+    if is_plain(X) or n_dropped == 2**16:
+        return F.dropout(X, p)
+    bits = torch.empty(math.ceil(X.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[: X.numel()].view(X.shape)
+    kept = torch.ge(bits, n_dropped - 2**15, out=torch.empty_like(X))  # 0 or 1
+    return X * kept.mul_(2**16 / (2**16 - n_dropped))
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sums of `optimization.loss_sums` and `count_correct` for logits = X W^T, ROWS at a time.
+
+    All logits and their gradients would take 2 * 4 * n * V bytes, and be written and read several
+    times. Here those of ROWS rows stay in the processor's cache, and their gradients are computed
+    at once. Takes X (n, d), W (V, d), targets (n), label_smoothing; returns three ().
+    """
+
+    @staticmethod
+    def forward(
+        ctx, X: Tensor, W: Tensor, targets: Tensor, label_smoothing: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        V, s = len(W), label_smoothing
+        needs_gradients = any(ctx.needs_input_grad)
+        dX = torch.empty_like(X)
+        dW = torch.zeros_like(W.t())  # transposed: oneDNN then copies X_c, not dlogits
+        sums = X.new_zeros(3)  # of -log p[target], of log p, of correct targets
+        for X_c, t_c, dX_c in zip(X.split(ROWS), targets.split(ROWS), dX.split(ROWS)):
+            log_p = linear(X_c, W).log_softmax(dim=-1)  # (ROWS, V)
+            target_log_p = log_p.gather(1, t_c[:, None])
+            n_correct = (log_p.max(dim=-1).indices == t_c).sum()
+            sums += torch.stack((-target_log_p.sum(), log_p.sum(), n_correct))
+            if needs_gradients:  # dlogits = p - (1 - s) * [target] - s / V
+                dlogits = log_p.exp_()
+                dlogits.scatter_add_(1, t_c[:, None], torch.full_like(target_log_p, s - 1))
+                dX_c.copy_(linear(dlogits, W.t()))
+                dW += linear(X_c.t(), dlogits.t())
+        if needs_gradients and s:  # the last term, alike in all columns
+            dX -= s / V * W.sum(dim=0)
+            dW -= s / V * X.sum(dim=0)[:, None]
+        ctx.save_for_backward(dX, dW)
+        nll, log_p_sum, n_correct = sums
+        loss = (1 - s) * nll - s / V * log_p_sum
+        nll, n_correct = nll.float(), n_correct.float()
+        ctx.mark_non_differentiable(nll, n_correct)
+        return loss, nll, n_correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dX, dW = ctx.saved_tensors
+        return dX * d_loss, (dW * d_loss).t(), None, None

@@ -1,0 +1,165 @@
+"""The fast forms on a CPU give what torch's own give, and dropout's masks are random."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import TOLERANCE, each_dtype
+from torch import Tensor
+from torch.testing import assert_close
+
+import kernels
+from config import ModelConfig
+from data import NO_TARGET, Batch
+from models import Transformer, TransformerClassifier
+from optimization import loss_and_counts, loss_sums
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch) -> None:
+    """oneDNN on any processor, and for the smallest product."""
+    if torch.backends.mkldnn.is_available():
+        monkeypatch.setattr(kernels, "ONEDNN", True)
+    monkeypatch.setattr(kernels, "MIN_PRODUCTS", 0)
+    torch.manual_seed(0)
+
+
+def gradients_of(call, *inputs: Tensor) -> list[Tensor]:
+    """The output of a call and the gradients of its inputs."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    Y = call(*inputs)
+    return [Y, *torch.autograd.grad((Y * torch.linspace(-1, 1, Y.shape[-1])).sum(), inputs)]
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8, 4), (7, 1, 4, 8), (1, 2, 16, 16)], ids=str)
+def test_products_and_their_gradients_match_torch(shape):
+    b, l_x, d, n = shape
+    X, W, bias, W_2, bias_2 = (torch.randn(s) for s in ((b, l_x, d), (n, d), (n,), (d, n), (d,)))
+    found = gradients_of(kernels.linear, X, W, bias)
+    assert type(found[0].grad_fn).__name__ == "OneDNNLinearBackward"
+    assert_close(found, gradients_of(F.linear, X, W, bias), rtol=0, atol=1e-5)
+    found = gradients_of(kernels.linear, X.transpose(0, 1), W)
+    assert_close(found, gradients_of(F.linear, X.transpose(0, 1), W), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert_close(kernels.linear(X, W, bias), F.linear(X, W, bias), rtol=0, atol=1e-5)
+
+    def plain(X, W_1, b_1, W_2, b_2):
+        return F.linear(F.relu(F.linear(X, W_1, b_1)), W_2, b_2)
+
+    inputs = (X, W, bias, W_2, bias_2)
+    found = gradients_of(kernels.feed_forward, *inputs)
+    assert type(found[0].grad_fn).__name__ == "OneDNNFeedForwardBackward"
+    assert_close(found, gradients_of(plain, *inputs), rtol=0, atol=2e-5)
+
+
+@each_dtype
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("n_rows", [1, 256, 600])
+def test_loss_of_logits_in_parts_matches_that_of_all_at_once(dtype, smoothing, n_rows):
+    X, W = torch.randn(n_rows, 8, dtype=dtype), torch.randn(11, 8, dtype=dtype)
+    targets = torch.randint(11, (n_rows,))
+
+    def in_parts(X, W):
+        return kernels.LinearCrossEntropy.apply(X, W, targets, smoothing)[0][None] * 3
+
+    def at_once(X, W):
+        kinds = {"reduction": "sum", "label_smoothing": smoothing}
+        return F.cross_entropy(X @ W.T, targets, **kinds)[None] * 3
+
+    atol = TOLERANCE[dtype] * n_rows
+    assert_close(gradients_of(in_parts, X, W), gradients_of(at_once, X, W), rtol=1e-5, atol=atol)
+    _, nll, n_correct = kernels.LinearCrossEntropy.apply(X, W, targets, smoothing)
+    nll_at_once = loss_sums((X @ W.T)[None], targets[None], smoothing)[1]
+    assert_close(nll, nll_at_once, rtol=1e-5, atol=atol)
+    assert n_correct == ((X @ W.T).argmax(dim=-1) == targets).sum()
+
+
+def padded_batch(n_vocab: int) -> Batch:
+    ids = torch.randint(3, n_vocab, (4, 9))
+    src, tgt_in, tgt_out = ids.clone(), ids.clone(), ids.roll(-1, 1)
+    for i, length in enumerate((9, 4, 1, 6)):
+        src[i, length:], tgt_in[i, length:], tgt_out[i, length:] = 0, 0, NO_TARGET
+    return Batch(src, tgt_in, tgt_out, n_targets=20, n_tokens=40)
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", [Transformer, TransformerClassifier])
+def test_a_model_has_the_same_loss_and_gradients_in_plain_forms(kind, dtype, monkeypatch):
+    config = ModelConfig(n_layers=2, d_model=16, d_ff=24, n_heads=2, dropout=0.0)
+    sizes = {"n_classes": 5} if kind is TransformerClassifier else {}
+    model = kind(config, n_vocab=13, max_len=9, pad_id=0, **sizes).to(dtype)
+    batch = padded_batch(13)
+    if sizes:
+        batch = Batch(batch.src, batch.tgt_in[:, :1], torch.tensor([[4], [0], [2], [1]]), 4, 24)
+    results = []
+    for plain in (False, True):
+        monkeypatch.setattr(kernels, "PLAIN", plain)
+        loss, nll, n_correct = model(
+            batch.src,
+            batch.tgt_in,
+            lambda X, output: loss_and_counts(X, output, batch.tgt_out, label_smoothing=0.1),
+        )
+        gradients = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+        results.append([loss.double(), nll, n_correct, *(g for g in gradients if g is not None)])
+    # The plain form computes the loss of any model in float32.
+    atol = {torch.float32: 1e-5, torch.float64: 1e-6}[dtype]
+    assert_close(*results, rtol=1e-5, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------ dropout
+
+
+def kept(p: float, *shape: int) -> Tensor:
+    return kernels.dropout(torch.ones(shape), p) > 0
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9999])
+def test_dropout_keeps_the_mean_and_the_rate(p):
+    n_dropped = round(p * 2**16)
+    Y = kernels.dropout(torch.ones(1001, 999), p)  # not a multiple of the 4 values of a draw
+    assert Y.unique().tolist() == pytest.approx([0.0, 2**16 / (2**16 - n_dropped)])
+    n, share = Y.numel(), (Y == 0).double().mean().item()
+    assert abs(share - n_dropped / 2**16) < 5 * (p * (1 - p) / n) ** 0.5  # standard deviations
+
+
+def test_dropout_of_all_or_nothing():
+    assert not kernels.dropout(torch.ones(9), 1.0).any()
+    assert kernels.dropout(torch.ones(9), 1e-6).all()
+
+
+def test_dropout_depends_on_the_seed_alone():
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(kept(0.5, 64, 64))
+    assert masks[0].equal(masks[1]) and not masks[0].equal(masks[2])
+
+
+def test_dropout_passes_gradients_where_it_keeps_values():
+    X = torch.randn(50, 7, requires_grad=True)
+    Y = kernels.dropout(X, 0.3)
+    (dX,) = torch.autograd.grad(Y.sum(), X)
+    assert_close(dX * X.detach(), Y.detach())
+
+
+def chi_squared(a: Tensor, b: Tensor) -> float:
+    """Of the 2 x 2 table of two masks, 1 degree of freedom, if they were independent."""
+    n, both = a.numel(), (a & b).double().sum()
+    p, q = a.double().mean(), b.double().mean()
+    found = torch.stack((both, a.sum() - both, b.sum() - both, n - a.sum() - b.sum() + both))
+    expected = n * torch.stack((p * q, p * (1 - q), (1 - p) * q, (1 - p) * (1 - q)))
+    return ((found - expected).square() / expected).sum().item()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_masks_of_neighbours_layers_places_and_seeds_are_independent(p):
+    """At most 1 of 10^6 tables of independent masks has a chi-squared of 24 or more."""
+    torch.manual_seed(3)
+    first, second = kept(p, 512, 512), kept(p, 512, 512)  # of two layers
+    torch.manual_seed(4)  # as for another place in the plan, or another epoch
+    other = kept(p, 512, 512)
+    pairs = [(first, second), (first, other)]
+    for step in (1, 2, 3, 4, 5, 512):  # columns, 4 values from one draw, rows
+        flat = first.flatten()
+        pairs.append((flat[:-step], flat[step:]))
+    assert max(chi_squared(*pair) for pair in pairs) < 24
+    assert chi_squared(first, first) > 1e5  # what dependence would give
