@@ -20,9 +20,8 @@ ROWS = 256  # of logits that exist at once: 8 MB for a vocabulary of 8,000, whic
 
 def is_plain(X: Tensor) -> bool:
     """Whether torch's own form is taken: on other devices, in 16 bits and when compiled."""
-    return (
-        X.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    )
+    on_cpu = X.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return PLAIN or not on_cpu or torch.compiler.is_compiling()
 
 
 # ----------------------------------------------------------------------------------------- products

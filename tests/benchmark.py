@@ -13,39 +13,52 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from processes import PROJECT, Launched, launched
 from torch import Tensor, nn
 
 import jobs
+import kernels
 import settings
 from comp_utils import autocast, grad_scaler, set_seed
 from components import sinusoids
 from config import DataConfig, ModelConfig
-from data import TextData
+from data import NO_TARGET, Batch, TextData
 from decoding import EXTRA_LENGTH, beam_search, greedy
-from optimization import build_optimizer, train_step
+from measure import forward_flops, matmul_flops_per_second
+from optimization import build_optimizer, count_correct, loss_sums, train_step
 from run_folder import RunFolder
 from splits import load_splits
 from tokenization import TextCodec
 
 CPU = torch.device("cpu")
-ROUNDS, BATCHES, SENTENCES = 5, 12, 1000
+ROUNDS, SENTENCES, TOKENS = 5, 1000, 16_000
 
 
 class TorchTransformer(nn.Module):
-    """The same model out of torch.nn: post-norm, tied embeddings, sinusoidal positions."""
+    """The same model out of torch.nn: post-norm, tied embeddings, sinusoidal positions.
 
-    def __init__(self, config, *, n_vocab: int, max_len: int, pad_id: int) -> None:
+    n_classes: for a classifier, whose decoder sees the start token alone.
+    """
+
+    def __init__(
+        self, config, *, n_vocab: int, max_len: int, pad_id: int, n_classes: int | None
+    ) -> None:
         super().__init__()
         self.pad_id, self.scale = pad_id, math.sqrt(config.d_model)
         self.embedding = nn.Embedding(n_vocab, config.d_model, padding_idx=pad_id)
@@ -60,6 +73,9 @@ class TorchTransformer(nn.Module):
             nn.TransformerDecoderLayer(*sizes, batch_first=True), n
         )
         self.dropout = nn.Dropout(config.dropout)
+        self.output = nn.Linear(config.d_model, n_classes or n_vocab, bias=bool(n_classes))
+        if not n_classes:
+            self.output.weight = self.embedding.weight
         # The paper drops sub-layer outputs alone; torch.nn also drops attention weights and
         # feed-forward activations, which is more work.
         for layer in (*self.encoder.layers, *self.decoder.layers):
@@ -81,7 +97,28 @@ class TorchTransformer(nn.Module):
             tgt_is_causal=True,
             memory_key_padding_mask=padding,
         )
-        return X @ self.embedding.weight.T
+        return self.output(X)
+
+
+def torch_step(model: nn.Module, batch: Batch, optimizer, options) -> None:
+    """A training step as one writes it with torch: the same loss, clipping and optimizer."""
+    src, tgt_in, tgt_out = batch.repeat(2 if options.r_drop else 1)
+    logits = model(src, tgt_in)
+    loss = F.cross_entropy(
+        logits.flatten(0, 1),
+        tgt_out.flatten(),
+        ignore_index=NO_TARGET,
+        label_smoothing=options.label_smoothing,
+    )
+    if options.r_drop:
+        p, q = logits.log_softmax(dim=-1).chunk(2)
+        divergence = F.kl_div(p, q, log_target=True, reduction="sum")
+        divergence = divergence + F.kl_div(q, p, log_target=True, reduction="sum")
+        loss = loss + options.r_drop * divergence / (4 * batch.n_targets)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), options.max_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def in_turn(
@@ -105,38 +142,93 @@ def in_turn(
 
 
 def train(argv: list[str]) -> None:
-    """Tokens of source and target in a second of training, ours and torch.nn's."""
+    """Tokens of source and target in a second of training, ours and others', and of ours without
+    each of the fast forms; and the share of the time that the products alone would take."""
     given, problems = settings.parse_args(argv)
     options = settings.resolve(given)
     jobs.raise_problems(problems + settings.option_problems(options, given))
     set_seed(options.seed)
     data, _ = jobs.load_data(options)
-    codec = data.codec
-    plan = data.plan("train", seed=options.seed, epoch=1)[:BATCHES]
-    batches = list(data.load("train", plan, CPU))
+    plan = data.plan("train", seed=options.seed, epoch=1)
+    n_batches = 1 + int(np.searchsorted(data.sizes("train", plan).n_tokens.cumsum(), TOKENS))
+    batches = list(data.load("train", plan[:n_batches], CPU))
     n_tokens = sum(batch.n_tokens for batch in batches)
+    scaler, config = grad_scaler("fp32", CPU), settings.extract_config(ModelConfig, options)
 
-    def work(model: nn.Module) -> Callable[[], float]:
+    def rhea_step(model: nn.Module, batch: Batch, optimizer, options) -> None:
+        how = {"label_smoothing": options.label_smoothing, "r_drop": options.r_drop, "seeds": [1]}
+        precision = autocast(options.precision, CPU)
+        rates = {"lr": 1e-4, "max_norm": options.max_norm}
+        train_step(model, [batch], optimizer, scaler, precision, **rates, **how)
+
+    def work(model: nn.Module, step: Callable, **changes: Any) -> Callable[[], float]:
         model.train()
         optimizer = build_optimizer(model, weight_decay=options.weight_decay)
-        scaler, smoothing = grad_scaler("fp32", CPU), options.label_smoothing
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4
 
         def epoch() -> float:
-            began = time.perf_counter()
-            for batch in batches:
-                precision = autocast(options.precision, CPU)
-                rates = {"lr": 1e-4, "max_norm": options.max_norm, "label_smoothing": smoothing}
-                train_step(model, [batch], optimizer, scaler, precision, **rates)
-            return n_tokens / (time.perf_counter() - began)
+            with ExitStack() as stack:
+                for name, value in changes.items():
+                    stack.enter_context(patch.object(kernels, name, value))
+                began = time.perf_counter()
+                for batch in batches:
+                    step(model, batch, optimizer, options)
+                return n_tokens / (time.perf_counter() - began)
 
         return epoch
 
-    ours = jobs.build_model(options, codec, None)
+    ours = jobs.build_model(options, data.codec, data.classes)
+    n_classes = len(data.classes or ())
     length = options.max_length + EXTRA_LENGTH
-    sizes = {"n_vocab": codec.n_vocab, "max_len": length, "pad_id": codec.pad_id}
-    theirs = TorchTransformer(settings.extract_config(ModelConfig, options), **sizes)
-    print(f"{torch.get_num_threads()} threads, {BATCHES} batches, {n_tokens:,} tokens")
-    in_turn({"rhea": work(ours), "torch.nn.Transformer": work(theirs)}, "tokens/s")
+    sizes = {"n_vocab": data.codec.n_vocab, "max_len": length, "pad_id": data.codec.pad_id}
+    theirs = TorchTransformer(config, **sizes, n_classes=n_classes or None)
+    works = {"rhea": work(ours, rhea_step), "torch.nn.Transformer": work(theirs, torch_step)}
+    if not n_classes and find_spec("transformers"):
+        works["transformers' Marian"] = work(Logits(as_marian(ours, data.codec)), torch_step)
+    works |= {
+        "without oneDNN": work(ours, rhea_step, ONEDNN=False),
+        "with torch's dropout": work(ours, rhea_step, dropout=F.dropout),
+        "with all logits at once": work(ours, rhea_step, LinearCrossEntropy=PlainCrossEntropy),
+        "in plain forms": work(ours, rhea_step, PLAIN=True),
+    }
+    n_threads = torch.get_num_threads()
+    print(f"{n_threads} threads, {len(batches)} batches, {n_tokens:,} tokens")
+    speeds = in_turn(works, "tokens/s")
+    shapes = Counter()
+    for batch in batches:
+        n_rows = (2 if options.r_drop else 1) * len(batch.src)
+        shapes[batch.src.shape[1], batch.tgt_in.shape[1]] += n_rows
+    flops = 3 * forward_flops(ours, shapes)
+    limit = matmul_flops_per_second(CPU, "fp32")
+    share = statistics.median(speeds["rhea"]) / (n_tokens * limit / flops)
+    print(f"{share:.0%} of the speed of matrix products, {limit / 1e9:,.0f} GFLOP/s")
+
+
+class Logits(nn.Module):
+    """A model of transformers as a function from ids to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        model.config.dropout = model.config.attention_dropout = 0.0
+        for module in model.modules():
+            if isinstance(getattr(module, "dropout", None), float):  # after each sub-layer
+                is_attention = hasattr(module, "q_proj")
+                module.dropout = 0.0 if is_attention else 0.1
+
+    def forward(self, src: Tensor, tgt_in: Tensor) -> Tensor:
+        mask = (src != self.model.config.pad_token_id).long()
+        return self.model(src, attention_mask=mask, decoder_input_ids=tgt_in).logits
+
+
+class PlainCrossEntropy:
+    """`kernels.LinearCrossEntropy` of all logits at once, by torch."""
+
+    @staticmethod
+    def apply(X: Tensor, W: Tensor, targets: Tensor, label_smoothing: float) -> tuple:
+        logits = kernels.linear(X, W)[None]
+        return *loss_sums(logits, targets[None], label_smoothing), count_correct(logits, targets)
 
 
 @torch.inference_mode()

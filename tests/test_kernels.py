@@ -73,6 +73,17 @@ def test_loss_of_logits_in_parts_matches_that_of_all_at_once(dtype, smoothing, n
     assert n_correct == ((X @ W.T).argmax(dim=-1) == targets).sum()
 
 
+def functions_of(loss: Tensor) -> set[str]:
+    """Names of the functions that a loss was computed by."""
+    found, rest = set(), [loss.grad_fn]
+    while rest:
+        function = rest.pop()
+        if function is not None and function not in found:
+            found.add(function)
+            rest.extend(parent for parent, _ in function.next_functions)
+    return {type(function).__name__ for function in found}
+
+
 def padded_batch(n_vocab: int) -> Batch:
     ids = torch.randint(3, n_vocab, (4, 9))
     src, tgt_in, tgt_out = ids.clone(), ids.clone(), ids.roll(-1, 1)
@@ -98,6 +109,9 @@ def test_a_model_has_the_same_loss_and_gradients_in_plain_forms(kind, dtype, mon
             batch.tgt_in,
             lambda X, output: loss_and_counts(X, output, batch.tgt_out, label_smoothing=0.1),
         )
+        kinds = functions_of(loss)
+        assert ("OneDNNFeedForwardBackward" in kinds) == (dtype == torch.float32 and not plain)
+        assert ("LinearCrossEntropyBackward" in kinds) == (kind is Transformer and not plain)
         gradients = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
         results.append([loss.double(), nll, n_correct, *(g for g in gradients if g is not None)])
     # The plain form computes the loss of any model in float32.
