@@ -4,7 +4,7 @@ import hashlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -45,16 +45,23 @@ def plan_epoch(
     on the machine, the processes or library versions: NumPy guarantees the stream of PCG64.
     """
     noise = np.random.PCG64([seed, epoch])
-    ties = noise.random_raw(len(lengths))
-    order = np.lexsort((ties, lengths[:, 1], lengths[:, 0]))
-    longest = np.maximum(lengths.max(axis=1), pad_to)[order].tolist()
-    bounds, width = [0], 0
-    for end, length in enumerate(longest):
-        n, width = end - bounds[-1], max(width, length)
-        if n == batch_size or (batch_tokens and n and (n + 1) * width > batch_tokens):
-            bounds.append(end)
-            width = length
-    batches = np.split(order, bounds[1:])
+    # One sort of numbers: source length, target length, and noise in the bits that are left.
+    bits = int(lengths.max(initial=1)).bit_length()
+    key = noise.random_raw(len(lengths)) >> np.uint64(2 * bits)
+    for column, shift in ((0, 64 - bits), (1, 64 - 2 * bits)):
+        key |= lengths[:, column].astype(np.uint64) << np.uint64(shift)
+    order = key.argsort(kind="stable")
+    longest = np.maximum(lengths.max(axis=1), pad_to)[order]
+    bounds = [0]
+    while bounds[-1] < len(order):
+        begin, n = bounds[-1], batch_size or len(order)
+        if batch_tokens:
+            n = min(n, max(1, batch_tokens // int(longest[begin])))
+            widths = np.maximum.accumulate(longest[begin : begin + n])
+            fits = np.arange(1, len(widths) + 1) * widths <= batch_tokens
+            n = max(1, int(fits.sum()))  # a row that is too long has a batch of its own
+        bounds.append(min(begin + n, len(order)))
+    batches = [order[begin:end] for begin, end in pairwise(bounds)]
     return [batches[i] for i in np.argsort(noise.random_raw(len(batches)), kind="stable")]
 
 
@@ -175,6 +182,7 @@ class TextData:
         classes: list[str] | None,
     ) -> None:
         self.config, self.texts, self.codec, self.classes = config, splits, codec, classes
+        self._plans: dict[str, tuple[tuple[int, int], list[np.ndarray]]] = {}
         self.pad_to = (config.pad_to, 0 if classes else config.pad_to)  # of source, of target
         self.fingerprint = digest({split: texts._fingerprint for split, texts in splits.items()})
         self.rows = {split: self._encode(texts) for split, texts in splits.items()}
@@ -226,7 +234,12 @@ class TextData:
         return np.flatnonzero(complete)
 
     def plan(self, split: str, *, seed: int = 0, epoch: int = 0) -> list[np.ndarray]:
-        """The micro-batches of one epoch; training counts epochs from 1."""
+        """The micro-batches of one epoch; training counts epochs from 1. A split's last is kept."""
+        if self._plans.get(split, (None, []))[0] != (seed, epoch):
+            self._plans[split] = (seed, epoch), self._new_plan(split, seed, epoch)
+        return self._plans[split][1]
+
+    def _new_plan(self, split: str, seed: int, epoch: int) -> list[np.ndarray]:
         c, rows = self.config, self.usable(split)
         plan = plan_epoch(
             self._cut_lengths(split, rows),
@@ -293,8 +306,8 @@ class TextData:
     def plan_fingerprint(self, seed: int) -> str:
         """Two runs with the same one train on the same ids in the same batches."""
         plan = self.plan("train", seed=seed, epoch=1)
-        numbers = np.concatenate([list(map(len, plan)), *plan]).astype("<i8")
-        plan_digest = hashlib.sha256(numbers.tobytes()).hexdigest()
+        numbers = (np.fromiter(map(len, plan), dtype="<i8"), np.concatenate(plan).astype("<i8"))
+        plan_digest = hashlib.sha256(b"".join(map(memoryview, numbers))).hexdigest()
         return digest(self.rows["train"]._fingerprint, self.config.pad_to, plan_digest)
 
     def counts(self, split: str) -> str:
@@ -313,9 +326,10 @@ class TextData:
     def _n_line_breaks(self, split: str) -> int:
         return int(self.texts[split].data.column("line_breaks").to_numpy().sum())
 
-    def report(self, split: str) -> str:
+    def report(self, split: str, seed: int = 0) -> str:
         """One line about a split, so that nothing is cut or left out in silence."""
-        padding = self.sizes(split, self.plan(split)).padding_share
+        plan = self.plan(split, seed=seed, epoch=1) if split == "train" else self.plan(split)
+        padding = self.sizes(split, plan).padding_share
         return f"{split}: {self.counts(split)}, {padding:.1%} padding"
 
     def load(self, split: str, plan: Plan, device: torch.device) -> Iterator[Batch]:

@@ -212,7 +212,10 @@ def say_facts(job: Job, folder: RunFolder | None) -> None:
         f"{facts['device_name']} ({facts['device']}), {processes}{n} thread{'s' * (n != 1)}, "
         f"torch {facts['torch']}, {options.precision}",
         f"{options.task}, {options.dataset}: {options.source_column} -> {targets}",
-        *(f"  {line}" for line in [*job.notes, *map(data.report, data.rows)]),
+        *(
+            f"  {line}"
+            for line in [*job.notes, *(data.report(split, options.seed) for split in data.rows)]
+        ),
         f"tokenizer of {data.codec.n_vocab:,} tokens; model of {facts['parameters']:,} parameters",
         f"batch plan {facts['plan_fingerprint']}{f'; run folder {folder.path}' if folder else ''}",
     )
