@@ -18,9 +18,9 @@ PLAIN = os.environ.get("RHEA_PLAIN") == "1"
 ROWS = 256  # of logits that exist at once: 8 MB for a vocabulary of 8,000, which caches hold
 
 
-def is_plain(X: Tensor) -> bool:
-    """Whether torch's own form is taken: on other devices, in 16 bits and when compiled."""
-    on_cpu = X.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+def is_plain(X: Tensor, *, in_16_bits: bool = True) -> bool:
+    """Whether torch's own form is taken: on other devices, when compiled, and in 16 bits."""
+    on_cpu = X.device.type == "cpu" and not (in_16_bits and torch.is_autocast_enabled("cpu"))
     return PLAIN or not on_cpu or torch.compiler.is_compiling()
 
 
@@ -123,10 +123,11 @@ def dropout(X: Tensor, p: float) -> Tensor:
     """X / (1 - p) with probability 1 - p, else 0, each value for itself. Plain form: `F.dropout`.
 
     torch draws one value after the other; here one draw of its generator serves four. So p is
-    rounded to 16 bits, and so is the scale: the mean stays exactly that of X.
+    rounded to 16 bits, and so is the scale: the mean stays exactly that of X. The same values are
+    dropped in float32 and in bf16.
     """
     n_dropped = round(p * 2**16)  # of the 2^16 values that 16 bits have
-    if is_plain(X) or n_dropped == 2**16:
+    if is_plain(X, in_16_bits=False) or n_dropped == 2**16:
         return F.dropout(X, p)
     bits = torch.empty(math.ceil(X.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: X.numel()].view(X.shape)

@@ -183,7 +183,7 @@ def test_bleu_is_what_the_command_of_sacrebleu_says_of_the_files(tmp_path):
         path = tmp_path / f"test.{name}"
         lines = path.read_text(encoding="utf-8").splitlines()
         write_text_lines(path, [*lines, "a b\u2028c d e", "cafe\u0301 a b c d"])
-    assert translate_toy(tmp_path, "--epochs", "3", "--beam-size", "2") == 0
+    assert translate_toy(tmp_path, "--epochs", "6", "--warmup-steps", "20", "--beam-size", "2") == 0
     files = [str(tmp_path / "run" / f"test.{name}.txt") for name in ("references", "hypotheses")]
     (test,) = events("run", "test")
     command = [sys.executable, "-m", "sacrebleu", files[0], "-i", files[1], "-w", "4", "-b"]
