@@ -7,7 +7,6 @@ Shapes: b batch, h heads, l_x length of the primary sequence X, l_z length of th
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -172,24 +171,43 @@ def attention(Q: Tensor, K: Tensor, V: Tensor, Mask: Tensor | None = None) -> Te
     return attention_weights(Q, K, Mask) @ V
 
 
-@dataclass
 class Context:
-    """Keys K (b, h, l_z, d_attn) and values V (b, h, l_z, d_mid), kept between decoding steps."""
+    """Keys K (b, h, l_z, d_attn) and values V (b, h, l_z, d_mid), kept between decoding steps.
 
-    K: Tensor | None = None
-    V: Tensor | None = None
+    width: tokens at each position, one of each hypothesis, next to each other.
+    """
+
+    def __init__(self, width: int = 1) -> None:
+        self.width, self.n_tokens = width, 0
+        self._kept: list[Tensor] = []  # K and V, with room for further tokens
 
     def __len__(self) -> int:
-        return 0 if self.K is None else self.K.shape[2]
+        """The number of positions."""
+        return self.n_tokens // self.width
 
     def append(self, K: Tensor, V: Tensor) -> None:
         """Adds those of the next tokens."""
-        self.K = K if self.K is None else torch.cat((self.K, K), dim=2)
-        self.V = V if self.V is None else torch.cat((self.V, V), dim=2)
+        begin, self.n_tokens = self.n_tokens, self.n_tokens + K.shape[2]
+        if not self._kept:
+            self._kept = [K, V]
+            return
+        if self.n_tokens > self._kept[0].shape[2]:  # twice the room, or that of 16 positions
+            size = max(2 * self.n_tokens, 16 * self.width)
+            larger = [kept.new_empty(*kept.shape[:2], size, kept.shape[3]) for kept in self._kept]
+            for kept, new in zip(self._kept, larger):
+                new[:, :, :begin] = kept[:, :, :begin]
+            self._kept = larger
+        for kept, new in zip(self._kept, (K, V)):
+            kept[:, :, begin : self.n_tokens] = new
 
-    def select(self, rows: Tensor) -> None:
+    def all(self) -> tuple[Tensor, Tensor]:
+        """K and V of all tokens so far."""
+        K, V = self._kept
+        return K[:, :, : self.n_tokens], V[:, :, : self.n_tokens]
+
+    def keep(self, rows: Tensor) -> None:
         """Keeps these of the b rows."""
-        self.K, self.V = self.K[rows], self.V[rows]
+        self._kept = [kept[rows] for kept in self._kept]
 
 
 class MHAttention(nn.Module):
@@ -215,7 +233,7 @@ class MHAttention(nn.Module):
         """Attention from X (b, l_x, d_x) to Z (b, l_z, d_z); returns (b, l_x, d_out).
 
         Mask -> (b, h, l_x, l_z), or CAUSAL. past: the context before Z, to which Z is appended
-        unless it is None. Both may have b rows for b * k of X, then k * l_x queries to each.
+        unless it is None.
         """
         # CUDA's flash kernel takes no explicit mask. The flag is for queries from position 0 on.
         is_causal = isinstance(Mask, str) and self.form == "fused" and not past
@@ -233,8 +251,7 @@ class MHAttention(nn.Module):
                 Masks = Mask.expand(*Q.shape[:3], l_z).unbind(1)  # h times (b, l_x, l_z)
             heads = zip(Q.unbind(1), K.unbind(1), V.unbind(1), Masks)
             Y = torch.stack([attention(*head) for head in heads], dim=1)
-        Y = self.W_o(Y.transpose(1, 2).flatten(2))  # (b, h, l_x, d_mid) -> (b, l_x, d_out)
-        return Y.view(*X.shape[:2], -1)
+        return self.W_o(Y.transpose(1, 2).flatten(2))  # (b, h, l_x, d_mid) -> (b, l_x, d_out)
 
     def weights(self, X: Tensor, Z: Tensor, Mask: Tensor | None = None) -> Tensor:
         """How much each position of X attends to each of Z: (b, h, l_x, l_z)."""
@@ -249,8 +266,8 @@ class MHAttention(nn.Module):
         if Z is not None:
             K, V = self._heads(Z, self.W_k), self._heads(Z, self.W_v)
             past.append(K, V)
-        Q = self._heads(X.reshape(past.K.shape[0], -1, X.shape[2]), self.W_q)
-        return Q, past.K, past.V
+        Q = self._heads(X, self.W_q)
+        return Q, *past.all()
 
     def _heads(self, X: Tensor, W: Linear) -> Tensor:
         """(b, l, d) -> (b, h, l, d_attn or d_mid). W has the rows of head 1, of head 2, ..."""

@@ -1,11 +1,16 @@
 """Search: how a trained model produces a translation, token by token. Greedy and beam search."""
 
 import math
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
+import kernels
+
 EXTRA_LENGTH = 50  # tokens that a translation may be longer than its source: AIAYN, section 6.1
+ROWS = 64  # of logits that exist at once
+MIN_FINISHED = 1 / 8  # share of a batch; fewer finished sentences are not worth a smaller batch
 
 
 def length_penalty(length: Tensor | int, alpha: float) -> Tensor | float:
@@ -16,91 +21,121 @@ def length_penalty(length: Tensor | int, alpha: float) -> Tensor | float:
     return ((5 + length) / 6) ** alpha
 
 
+def length_limits(src_Mask: Tensor) -> Tensor:
+    """The most tokens that each translation may have: src_Mask (b, 1, 1, l_z) -> (b)."""
+    return src_Mask.sum(dim=-1).flatten() + EXTRA_LENGTH
+
+
 @torch.inference_mode()
 def greedy(model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int) -> list[list[int]]:
     """The most probable token at each step, until eos_id or the length limit. src (b, l_z)."""
     cache = model.start(src)
-    limits = cache.src_Mask.sum(dim=-1).flatten() + EXTRA_LENGTH  # (b)
+    limits = length_limits(cache.src_Mask)  # (b)
     found: list[list[int]] = [[] for _ in src]
-    sentences = torch.arange(len(src), device=src.device)  # (n), the unfinished ones
+    sentences = torch.arange(len(src), device=src.device)  # (n), those still in the batch
     tokens = torch.full((len(src), 1), bos_id, device=src.device)  # (n, 1 + t)
+    done = torch.zeros(len(src), dtype=torch.bool, device=src.device)  # (n)
     while len(sentences):
-        chosen = model.step(tokens[:, -1], cache).max(dim=-1).indices  # (n); faster than argmax
-        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
-        done = (chosen == eos_id) | (tokens.shape[1] > limits)
-        if done.any():
-            for i, ids in zip(sentences[done].tolist(), tokens[done, 1:].tolist()):
-                found[i] = [token for token in ids if token != eos_id]
+        logits = model.output(model.step(tokens[:, -1:], cache)[:, 0])  # (n, n_vocab)
+        chosen = kernels.topk(logits, 1)[1]  # (n, 1)
+        tokens = torch.cat((tokens, chosen), dim=1)
+        done |= (chosen[:, 0] == eos_id) | (tokens.shape[1] > limits)
+        if worth_removing(done):
+            ends = zip(sentences[done].tolist(), tokens[done, 1:].tolist(), limits[done].tolist())
+            for i, ids, limit in ends:
+                found[i] = ids[: [*ids[:limit], eos_id].index(eos_id)]
             kept = (~done).nonzero()[:, 0]
             tokens, limits, sentences = tokens[kept], limits[kept], sentences[kept]
-            cache.select(kept, kept)
+            done = done[kept]
+            cache.keep(kept)
     return found
 
 
-def best_extensions(log_p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def worth_removing(done: Tensor) -> bool:
+    """Whether so many of a batch's sentences (n) are done that it should go on without them."""
+    n_done = int(done.sum())
+    return n_done == len(done) or n_done > MIN_FINISHED * len(done)
+
+
+def best_extensions(log_p: Tensor, X: Tensor, output: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """The 2 k most probable extensions of k hypotheses by one token: log P, hypothesis, token.
 
     At most k of them end, one per hypothesis, so at least k can grow further.
-    Shapes: log_p (n, k), logits (n * k, n_vocab); returns (n, 2 k) each.
+    Shapes: log_p (n, k), the decoder's output X (n, k, d); returns (n, 2 k) each.
     """
     n, k = log_p.shape
-    log_p = log_p[:, :, None] + logits.float().log_softmax(dim=-1).view(n, k, -1)
-    n_vocab = log_p.shape[-1]
-    log_p, index = log_p.flatten(1).topk(min(2 * k, k * n_vocab), dim=1)
-    return log_p, index // n_vocab, index % n_vocab
-
-
-def extend(tokens: Tensor, parents: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen tokens (n, k) after those of their parents: tokens (n, k, l) -> (n, k, l + 1)."""
-    tokens = tokens.gather(1, parents[:, :, None].expand(tokens.shape))
-    return torch.cat((tokens, chosen[:, :, None]), dim=2)
+    rows = X.flatten(0, 1).split(ROWS)
+    found = [kernels.topk(output(X).float().log_softmax(dim=-1), 2 * k) for X in rows]
+    more, tokens = (torch.cat(parts).view(n, k, -1) for parts in zip(*found))  # (n, k, 2 k)
+    log_p = (log_p[:, :, None] + more).flatten(1)  # (n, k * 2 k)
+    log_p, index = log_p.topk(min(2 * k, log_p.shape[1]), dim=1)
+    return log_p, index // more.shape[2], tokens.flatten(1).gather(1, index)
 
 
 @torch.inference_mode()
 def beam_search(
-    model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int, beam_size: int, alpha: float
-) -> list[list[int]]:
-    """The hypothesis with the highest log P(Y | X) / lp(Y) that a beam finds. src (b, l_z).
+    model: nn.Module,
+    src: Tensor,
+    *,
+    bos_id: int,
+    eos_id: int,
+    beam_size: int,
+    alpha: float,
+    n_best: int = 1,
+) -> list[list[tuple[float, list[int]]]]:
+    """The n_best hypotheses with the highest log P(Y | X) / lp(Y) that a beam finds, best first.
 
     The beam holds the beam_size most probable hypotheses. One that ends keeps its place, so fewer
-    stay open. A sentence is finished when no open hypothesis can overtake the best ended one, or at
-    the length limit.
+    stay open. A sentence is finished when no open hypothesis can overtake the n_best ended ones, or
+    at the length limit, where open ones follow if too few have ended.
     Source: AIAYN, section 6.1; Wu et al. (arXiv 1609.08144), section 7.
+    Takes src (b, l_z); returns (score, ids) of each, at most beam_size.
     """
     b, k, device = len(src), beam_size, src.device
-    cache = model.start(src)
-    limits = cache.src_Mask.sum(dim=-1).flatten() + EXTRA_LENGTH  # (b)
-    found: list[list[int]] = [[] for _ in src]
-    sentences = torch.arange(b, device=device)  # (n), the unfinished ones
+    cache = model.start(src, k)
+    limits = length_limits(cache.src_Mask)  # (b)
+    found: list[list[tuple[float, list[int]]]] = [[] for _ in src]
+    unended: list[list[tuple[float, list[int]]]] = [[] for _ in src]
+    sentences = torch.arange(b, device=device)  # (n), those still in the batch
     tokens = torch.full((b, k, 1), bos_id, device=device)  # (n, k, 1 + t)
-    log_p = torch.full((b, k), -math.inf, device=device)  # (n, k), -inf: no hypothesis
+    log_p = torch.full((b, k), -math.inf, device=device)  # (n, k), -inf: no open hypothesis
     log_p[:, 0] = 0.0  # the k empty hypotheses of a sentence are the same one
     n_open = torch.full((b, 1), k, device=device)  # (n, 1), hypotheses that have not ended
-    best = torch.full((b,), -math.inf, device=device)  # (n), best score of those that have
-    while n := len(sentences):
+    best = torch.full((b, n_best), -math.inf, device=device)  # (n, n_best), scores of the others
+    rank = torch.arange(2 * k, device=device)
+    while len(sentences):
         length = tokens.shape[2]  # of a hypothesis with its next token
-        logits = model.step(tokens[:, :, -1].flatten(), cache)  # (n * k, n_vocab)
-        candidates, parents, chosen = best_extensions(log_p, logits)  # (n, 2 k)
-        ends, rank = chosen == eos_id, torch.arange(chosen.shape[1], device=device)
-        ended = candidates.masked_fill(~ends | (rank >= n_open), -math.inf)  # (n, 2 k)
+        X = model.step(tokens[:, :, -1], cache)  # (n, k, d)
+        candidates, parents, chosen = best_extensions(log_p, X, model.output)  # (n, 2 k)
+        ends = chosen == eos_id
+        ended = candidates.masked_fill(~ends | (rank[: ends.shape[1]] >= n_open), -math.inf)
         n_open = n_open - ended.isfinite().sum(dim=1, keepdim=True)
-        score, which = (ended / length_penalty(length, alpha)).max(dim=1)  # (n)
-        for i in (score > best).nonzero()[:, 0].tolist():
-            found[sentences[i]] = tokens[i, parents[i, which[i]], 1:].tolist()
-        best = torch.maximum(best, score)
+        scores = ended / length_penalty(length, alpha)  # (n, 2 k)
+        for i, j in (scores > best[:, -1:]).nonzero().tolist():
+            ids = tokens[i, parents[i, j], 1:].tolist()
+            found[sentences[i]].append((scores[i, j].item(), ids))
+        best = torch.cat((best, scores), dim=1).topk(n_best, dim=1).values
 
         log_p, which = candidates.masked_fill(ends, -math.inf).topk(k, dim=1)  # (n, k)
         log_p = log_p.masked_fill(rank[:k] >= n_open, -math.inf)
         parents, chosen = parents.gather(1, which), chosen.gather(1, which)
-        tokens = extend(tokens, parents, chosen)
+        tokens = tokens.gather(1, parents[:, :, None].expand(tokens.shape))
+        tokens = torch.cat((tokens, chosen[:, :, None]), dim=2)
+        cache.branch(parents)
         at_limit = length >= limits
-        for i in (at_limit & best.isinf()).nonzero()[:, 0].tolist():
-            found[sentences[i]] = tokens[i, 0, 1:].tolist()  # none has ended
+        for i, j in (at_limit[:, None] & log_p.isfinite()).nonzero().tolist():
+            score = log_p[i, j].item() / length_penalty(length, alpha)
+            unended[sentences[i]].append((score, tokens[i, j, 1:].tolist()))
         # log P only falls, so no open hypothesis can score more than this.
         reachable = log_p[:, 0] / length_penalty(limits, alpha)
-        kept = (~(at_limit | (best >= reachable))).nonzero()[:, 0]
-        rows = (torch.arange(n, device=device)[:, None] * k + parents)[kept].flatten()
-        cache.select(rows, None if len(kept) == n else kept)
-        tokens, log_p, best, n_open = tokens[kept], log_p[kept], best[kept], n_open[kept]
-        sentences, limits = sentences[kept], limits[kept]
+        done = at_limit | (best[:, -1] >= reachable)
+        log_p = log_p.masked_fill(done[:, None], -math.inf)
+        if worth_removing(done):
+            kept = (~done).nonzero()[:, 0]
+            cache.keep(kept)
+            tokens, log_p, best, n_open = tokens[kept], log_p[kept], best[kept], n_open[kept]
+            sentences, limits = sentences[kept], limits[kept]
+    for hypotheses, others in zip(found, unended):
+        hypotheses.sort(key=itemgetter(0), reverse=True)
+        hypotheses[:] = (hypotheses + others)[:n_best]
     return found

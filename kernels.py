@@ -7,14 +7,17 @@ Shapes: n rows, d columns, V vocabulary.
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 PLAIN = os.environ.get("RHEA_PLAIN") == "1"
+GROUP = 64  # columns
 ROWS = 256  # of logits that exist at once: 8 MB for a vocabulary of 8,000, which caches hold
 
 
@@ -49,6 +52,23 @@ MIN_PRODUCTS = 1 << 20  # below it, the time of a call to oneDNN is longer than 
 def product(X: Tensor, W: Tensor, b: Tensor | None = None, activation: str = "none") -> Tensor:
     """activation(X W^T + b) by oneDNN, without gradients."""
     return torch.ops.mkldnn._linear_pointwise.default(X, W, b, activation, [], "")
+
+
+@contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Within it oneDNN keeps a model's matrices in its own layout, or each product would make it.
+
+    For inference: the weights must not change meanwhile.
+    """
+    Ws = [W for W in model.parameters() if W.ndim == 2 and ONEDNN and W.dtype == torch.float32]
+    Ws = [W for W in Ws if not is_plain(W) and not hasattr(W, "packed")]
+    for W in Ws:
+        W.packed = torch.ops.mkldnn._reorder_linear_weight(W.detach(), ROWS)
+    try:
+        yield
+    finally:
+        for W in Ws:
+            del W.packed
 
 
 def weight_gradient(dY: Tensor, X: Tensor) -> Tensor:
@@ -106,14 +126,40 @@ def linear(X: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """X W^T + b: X (..., d), W (V, d), b (V) -> (..., V). Plain form: `F.linear`."""
     if not uses_onednn(X, W):
         return F.linear(X, W, b)
-    return OneDNNLinear.apply(X, W, b) if torch.is_grad_enabled() else product(X, W, b)
+    if torch.is_grad_enabled():
+        return OneDNNLinear.apply(X, W, b)
+    return product(X, getattr(W, "packed", W), b)
 
 
 def feed_forward(X: Tensor, W_1: Tensor, b_1: Tensor, W_2: Tensor, b_2: Tensor) -> Tensor:
     """W_2 relu(W_1 x + b_1) + b_2: X (..., d_model), W_1 (d_ff, d_model), W_2 (d_model, d_ff)."""
     if not uses_onednn(X, W_1):
         return F.linear(F.linear(X, W_1, b_1).relu(), W_2, b_2)
-    return OneDNNFeedForward.apply(X, W_1, b_1, W_2, b_2)
+    if torch.is_grad_enabled():
+        return OneDNNFeedForward.apply(X, W_1, b_1, W_2, b_2)
+    H = product(X, getattr(W_1, "packed", W_1), b_1, "relu")
+    return product(H, getattr(W_2, "packed", W_2), b_2)
+
+
+# ----------------------------------------------------------------------------------- highest values
+
+
+def topk(X: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest values of each row of X (n, V), highest first, and their columns: (n, k) each.
+
+    They are in the k groups of columns with the highest maxima, so few are sorted. Plain form:
+    `Tensor.topk`.
+    """
+    V = X.shape[1]
+    n_grouped = V // GROUP * GROUP
+    if is_plain(X) or n_grouped <= k * GROUP:
+        return X.topk(min(k, V), dim=1)
+    groups = X[:, :n_grouped].unflatten(1, (-1, GROUP)).amax(dim=2).topk(k, dim=1).indices  # (n, k)
+    columns = (groups[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
+    rest = torch.arange(n_grouped, V).expand(len(X), -1)
+    columns = torch.cat((columns, rest), dim=1)
+    values, places = X.gather(1, columns).topk(k, dim=1)
+    return values, columns.gather(1, places)
 
 
 # ------------------------------------------------------------------------------------------ dropout

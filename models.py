@@ -8,8 +8,10 @@ Shapes: b batch, h heads, l_z source length, l_x target length, d d_model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from components import (
@@ -69,7 +71,7 @@ class DecoderLayer(Layer):
 
     Source: AIAYN, section 3.1; FA, Algorithm 8, the loop over the decoder's layers.
     Shapes: X (b, l_x, d), memory (b, l_z, d), Mask of memory -> (b, h, l_x, l_z); returns
-    (b, l_x, d). past, seen: the contexts that X and memory continue; see `Cache`.
+    (b, l_x, d). past, past_Mask, seen: what X and memory continue; see `Cache`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -86,8 +88,9 @@ class DecoderLayer(Layer):
         Mask: Tensor | None,
         past: Context | None = None,
         seen: Context | None = None,
+        past_Mask: Tensor | str | None = CAUSAL,
     ) -> Tensor:
-        X = self.residual(X, self.norm_1, lambda X: self.self_attention(X, X, CAUSAL, past))
+        X = self.residual(X, self.norm_1, lambda X: self.self_attention(X, X, past_Mask, past))
         X = self.residual(X, self.norm_2, lambda X: self.cross_attention(X, memory, Mask, seen))
         return self.residual(X, self.norm_3, self.feed_forward)
 
@@ -102,20 +105,35 @@ def build_attention(config: ModelConfig) -> MHAttention:
 
 @dataclass
 class Cache:
-    """What decoding keeps between steps, for k hypotheses of each of b sentences."""
+    """What decoding keeps between steps, for k hypotheses of each of b sentences.
+
+    The t * k tokens so far of all hypotheses of a sentence are one context. Their keys and values
+    stay where they are while hypotheses branch; Mask says which tokens each of them continues.
+    """
 
     src_Mask: Tensor  # (b, 1, 1, l_z)
     memory: Tensor | None  # (b, l_z, d), until the layers have its keys and values
-    layers: list[tuple[Context, Context]]  # of the tokens so far, b * k rows; of memory, b rows
+    layers: list[tuple[Context, Context]]  # of the tokens so far, and of memory
+    Mask: Tensor | None  # (b, 1, k, t * k) bool; None if k is 1
 
-    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
-        """Keeps these of the b * k hypotheses and of the b sentences (None: all)."""
-        for past, seen in self.layers:
-            past.select(rows)
-            if sentences is not None:
-                seen.select(sentences)
-        if sentences is not None:
-            self.src_Mask = self.src_Mask[sentences]
+    def add_position(self) -> None:
+        """Each hypothesis gets a token, which it continues itself."""
+        if self.Mask is not None:
+            b, _, k, _ = self.Mask.shape
+            own = torch.eye(k, dtype=torch.bool, device=self.Mask.device)
+            self.Mask = torch.cat((self.Mask, own.expand(b, 1, k, k)), dim=3)
+
+    def branch(self, parents: Tensor) -> None:
+        """Hypothesis i of each sentence now continues what its hypothesis parents[:, i] did."""
+        if self.Mask is not None:
+            self.Mask = self.Mask.gather(2, parents[:, None, :, None].expand(self.Mask.shape))
+
+    def keep(self, sentences: Tensor) -> None:
+        """Keeps these of the b sentences."""
+        for context in chain.from_iterable(self.layers):
+            context.keep(sentences)
+        self.src_Mask = self.src_Mask[sentences]
+        self.Mask = None if self.Mask is None else self.Mask[sentences]
 
 
 class EncoderDecoder(nn.Module):
@@ -149,12 +167,17 @@ class EncoderDecoder(nn.Module):
     ) -> Tensor:
         """tgt_in (b, l_x), memory (b, l_z, d), src_Mask (b, 1, 1, l_z) -> (b, l_x, d).
 
-        Padding of tgt_in must be at the end, where the causal mask hides it from all tokens.
+        Padding of tgt_in must be at the end, where the causal mask hides it from all tokens. With a
+        cache, tgt_in (b, k) are the next tokens of k hypotheses.
         """
-        contexts = cache.layers if cache else [(None, None)] * len(self.decoder)
-        X = self.embed(tgt_in, start=len(contexts[0][0]) if cache else 0)
-        for layer, (past, seen) in zip(self.decoder, contexts):
-            X = layer(X, memory, src_Mask, past, seen)
+        if cache:
+            X = self.embed(tgt_in.reshape(-1, 1), start=len(cache.layers[0][0]))
+            X = X.view(*tgt_in.shape, -1)  # (b, k, d)
+            contexts = [(past, seen, cache.Mask) for past, seen in cache.layers]
+        else:
+            X, contexts = self.embed(tgt_in), [()] * len(self.decoder)
+        for layer, context in zip(self.decoder, contexts):
+            X = layer(X, memory, src_Mask, *context)
         return X
 
     def forward(self, src: Tensor, tgt_in: Tensor, loss: Loss | None = None) -> Any:
@@ -185,17 +208,18 @@ class Transformer(EncoderDecoder):
         """The layer that makes logits."""
         return self.unembedding
 
-    def start(self, src: Tensor) -> Cache:
-        """Encodes src (b, l_z) for `step`."""
+    def start(self, src: Tensor, k: int = 1) -> Cache:
+        """Encodes src (b, l_z) for `step`, with k hypotheses of each sentence."""
         src_Mask = padding_mask(src, self.pad_id)  # (b, 1, 1, l_z)
-        contexts = [(Context(), Context()) for _ in self.decoder]
-        return Cache(src_Mask, self.encode(src, src_Mask), contexts)
+        contexts = [(Context(width=k), Context()) for _ in self.decoder]
+        Mask = None if k == 1 else src_Mask.new_empty(len(src), 1, k, 0)
+        return Cache(src_Mask, self.encode(src, src_Mask), contexts, Mask)
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """The last row of `forward`: next tokens ids (b * k) -> logits (b * k, n_vocab)."""
-        X = self.decode(ids[:, None], cache.memory, cache.src_Mask, cache)  # (b * k, 1, d)
-        cache.memory = None
-        return self.unembedding(X[:, 0])
+        """The last row of `trunk` for each hypothesis: its next token, ids (b, k) -> (b, k, d)."""
+        cache.add_position()
+        memory, cache.memory = cache.memory, None
+        return self.decode(ids, memory, cache.src_Mask, cache)
 
     def cross_attention(self, src: Tensor, tgt_in: Tensor) -> Tensor:
         """The last layer's attention to the source: (b, h, l_x, l_z)."""

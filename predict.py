@@ -23,6 +23,7 @@ from data import pad, plan_epoch
 from ddp_utils import broadcast_from_rank_zero, gather, rank, world_size
 from decoding import beam_search, greedy
 from files import TABLE_FORMATS, file_format, read_lines
+from kernels import packed
 from tokenization import TextCodec
 
 PORTION = 4096  # texts sorted by length and answered together
@@ -57,7 +58,8 @@ class Predictor:
             plan = plan_epoch(lengths[rows], **size, seed=0, epoch=0)
             batches = [rows[batch].tolist() for batch in plan if len(batch)]
             mine = batches[rank() :: world_size()]
-            answered = [(batch, self.answer_batch([ids[i] for i in batch])) for batch in mine]
+            with packed(self.model):
+                answered = [(batch, self.answer_batch([ids[i] for i in batch])) for batch in mine]
             answers = [("", 0)] * len(texts)
             for batch, found in chain.from_iterable(gather(answered)):
                 for i, answer in zip(batch, found):
@@ -88,7 +90,8 @@ class Predictor:
         if k == 1:
             ids = greedy(self.model, src, **special)
         else:
-            ids = beam_search(self.model, src, **special, beam_size=k, alpha=alpha)
+            found = beam_search(self.model, src, **special, beam_size=k, alpha=alpha)
+            ids = [best for ((_, best),) in found]
         texts = self.codec.tokenizer.decode_batch(ids)
         return [" ".join(text.splitlines()).strip() for text in texts]
 

@@ -357,7 +357,7 @@ def generate(run_dir: str) -> None:
         def our_search(src: Tensor, k=k, model=model, ends=ends) -> list[list[int]]:
             if k == 1:
                 return greedy(model, src, **ends)
-            return beam_search(model, src, **ends, beam_size=k, alpha=0.6)
+            return [ids for ((_, ids),) in beam_search(model, src, **ends, beam_size=k, alpha=0.6)]
 
         def their_search(src: Tensor, k=k, theirs=theirs, codec=codec) -> list[list[int]]:
             ids = theirs.generate(

@@ -51,22 +51,31 @@ def greedy_without_cache(model, src):
 def test_cached_steps_match_the_logits_of_the_whole_prefix(choice):
     model, src, k = small_model(**choice), sources([7, 4, 5]), 2
     tgt_in = torch.randint(3, 23, (3 * k, 9))  # k hypotheses of each sentence
-    cache = model.start(src)
-    steps = [model.step(tgt_in[:, t], cache) for t in range(9)]
+    cache = model.start(src, k)
+    steps = [model.step(tgt_in[:, t].view(3, k), cache).flatten(0, 1) for t in range(9)]
     expected = model(src.repeat_interleave(k, dim=0), tgt_in)
-    torch.testing.assert_close(torch.stack(steps, 1), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(model.output(torch.stack(steps, 1)), expected, rtol=0, atol=1e-10)
 
 
-def test_selected_hypotheses_and_sentences_continue_as_before():
-    model, src, k = small_model(), sources([7, 4, 5]), 2
-    tgt_in = torch.randint(3, 23, (3 * k, 5))
-    cache = model.start(src)
-    for t in range(4):
-        model.step(tgt_in[:, t], cache)
-    rows, kept = torch.tensor([5, 5, 0, 1]), torch.tensor([2, 0])
-    cache.select(rows, kept)
-    expected = model(src[kept].repeat_interleave(k, dim=0), tgt_in[rows])[:, -1]
-    torch.testing.assert_close(model.step(tgt_in[rows, 4], cache), expected, rtol=0, atol=1e-10)
+@combinations()
+def test_hypotheses_branch_and_sentences_are_removed(choice):
+    """As hypotheses are chosen anew after each token, each attends to what it continues."""
+    model, src, k = small_model(**choice), sources([7, 4, 5]), 3
+    draw = torch.Generator().manual_seed(1)
+    cache, tokens = model.start(src, k), torch.full((3, k, 0), BOS)
+    for t in range(9):
+        ids = torch.randint(3, 23, (len(tokens), k, 1), generator=draw)
+        tokens = torch.cat((tokens, ids), dim=2)
+        found = model.step(ids[:, :, 0], cache).flatten(0, 1)
+        expected = model.trunk(src.repeat_interleave(k, dim=0), tokens.flatten(0, 1))[:, -1]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        parents = torch.randint(0, k, (len(tokens), k), generator=draw)
+        tokens = tokens.gather(1, parents[:, :, None].expand(tokens.shape))
+        cache.branch(parents)
+        if t == 4:
+            kept = torch.tensor([2, 0])
+            tokens, src = tokens[kept], src[kept]
+            cache.keep(kept)
 
 
 def test_greedy_search_matches_decoding_without_a_cache():
@@ -86,7 +95,8 @@ def test_a_translation_is_at_most_fifty_tokens_longer_than_its_source():
 
 
 def beams(model, src, k, alpha=0.6):
-    return beam_search(model, src, **ENDS, beam_size=k, alpha=alpha)
+    found = beam_search(model, src, **ENDS, beam_size=k, alpha=alpha)
+    return [ids for ((_, ids),) in found]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -120,7 +130,21 @@ def test_an_exhaustive_beam_finds_the_best_of_all_translations(alpha, seed, monk
     def score(ids):
         return log_probability(model, src, ids) / ((5 + len(ids)) / 6) ** alpha
 
-    assert beams(model, src, n_vocab**limit, alpha) == [list(max(endings, key=score)[:-1])]
+    best = sorted(endings, key=score, reverse=True)[:5]
+    size = {"beam_size": n_vocab**limit, "alpha": alpha}
+    (found,) = beam_search(model, src, **ENDS, **size, n_best=5)
+    assert [ids for _, ids in found] == [[*ids[:-1]] for ids in best]
+    assert [x for x, _ in found] == pytest.approx([score(ids) for ids in best], abs=1e-5)
+    assert beam_search(model, src, **ENDS, **size) == [found[:1]]
+
+
+def test_open_hypotheses_follow_where_too_few_have_ended():
+    model, src = small_model(), sources([3, 9])
+    with torch.no_grad():
+        model.embedding.W_e[EOS] = 0  # its logit is 0, never the highest
+    for found in beam_search(model, src, **ENDS, beam_size=3, alpha=0.6, n_best=3):
+        assert len(found) == 3 and len({tuple(ids) for _, ids in found}) == 3
+        assert found[0][0] > found[1][0] > found[2][0]
 
 
 def test_a_wider_beam_finds_more_probable_translations():
@@ -144,10 +168,10 @@ def test_length_penalty_matches_the_formula():
 def test_a_decoding_step_runs_on_the_meta_device():
     model = small_model().to("meta")
     src = torch.empty(3, 7, dtype=torch.long, device="meta")
-    cache = model.start(src)
+    cache = model.start(src, 2)
     for _ in range(2):
-        ids = torch.empty(6, dtype=torch.long, device="meta")
-        assert model.step(ids, cache).shape == (6, 23)
+        ids = torch.empty(3, 2, dtype=torch.long, device="meta")
+        assert model.step(ids, cache).shape == (3, 2, 16)
 
 
 def test_cross_attention_sums_to_one_and_is_zero_on_padding():

@@ -177,3 +177,30 @@ def test_masks_of_neighbours_layers_places_and_seeds_are_independent(p):
         pairs.append((flat[:-step], flat[step:]))
     assert max(chi_squared(*pair) for pair in pairs) < 24
     assert chi_squared(first, first) > 1e5  # what dependence would give
+
+
+@pytest.mark.parametrize("V", [7, 640, 1000])
+@pytest.mark.parametrize("k", [1, 10])
+def test_the_highest_values_and_their_columns_match_torch(V, k):
+    X = torch.randn(5, V)
+    X[0] = 0.0  # all alike: any columns will do, each once
+    values, columns = kernels.topk(X, k)
+    expected = X.topk(min(k, V), dim=1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(X.gather(1, columns), values)
+    assert torch.equal(columns[1:], expected.indices[1:])
+    assert len(set(columns[0].tolist())) == min(k, V)
+
+
+def test_a_model_gives_the_same_logits_when_packed_and_may_change_afterwards():
+    model = Transformer(ModelConfig(), n_vocab=300, max_len=20, pad_id=0).eval()
+    src, tgt_in = torch.randint(1, 300, (2, 40, 15))
+    with torch.inference_mode():
+        expected = model(src, tgt_in)
+        with kernels.packed(model), kernels.packed(model):
+            assert_close(model(src, tgt_in), expected)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+        assert not torch.allclose(model(src, tgt_in), expected)
+    assert not any(hasattr(p, "packed") for p in model.parameters())
