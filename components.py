@@ -181,7 +181,8 @@ class Context:
         self.width, self.n_tokens = width, 0
         self._kept: list[Tensor] = []  # K and V, with room for further tokens
 
-    def __len__(self) -> int:
+    @property
+    def n_positions(self) -> int:
         """The number of positions."""
         return self.n_tokens // self.width
 
@@ -236,7 +237,7 @@ class MHAttention(nn.Module):
         unless it is None.
         """
         # CUDA's flash kernel takes no explicit mask. The flag is for queries from position 0 on.
-        is_causal = isinstance(Mask, str) and self.form == "fused" and not past
+        is_causal = isinstance(Mask, str) and self.form == "fused" and not (past and past.n_tokens)
         Q, K, V = self.project(X, Z, past)
         l_x, l_z = Q.shape[2], K.shape[2]
         if isinstance(Mask, str):  # a single query is the last position, and sees everything

@@ -9,6 +9,7 @@ from typing import Any
 from components import ACTIVATIONS, FORMS, POSITIONS
 
 ASSETS = Path(__file__).parent / "assets"
+VERSION = "1.0"
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -67,7 +68,14 @@ class RunConfig:
     )
     compile: bool = option(False, "compile the model with torch.compile before training")
     seed: int = option(0, "seed of weights, dropout and batch order", low=0, below=2**63)
-    run_dir: str | None = option(None, "folder of the run", unset="runs/DATASET/TIME")
+    run_dir: str | None = option(
+        None,
+        "folder of the run; needed to use or to resume one",
+        unset="runs/DATASET/TIME for a new run",
+    )
+    init_from: str | None = option(
+        None, "begin with the weights, tokenizer and sizes of this run", metavar="RUN"
+    )
     resume: bool = option(False, "continue the run in --run-dir from its last checkpoint")
     overwrite: bool = option(False, "replace the run in --run-dir")
 
@@ -302,6 +310,31 @@ class UseConfig:
     predict: str | None = option(
         None, "file to classify or translate line by line; - is standard input", metavar="FILE"
     )
+    n_best: int | None = option(
+        None, "answer with the N most probable labels or translations and their scores", low=1
+    )
+    all_probabilities: bool = option(False, "answer with the probabilities of all labels")
+    output: str | None = option(
+        None,
+        "new file for the answers of --predict; JSON lines if it ends in .jsonl",
+        metavar="FILE",
+        unset="standard output",
+    )
+    export: str | None = option(
+        None,
+        "write the model of --run-dir for another tool, to the folder --to",
+        choices=("transformers", "ctranslate2", "onnx"),
+    )
+    to: str | None = option(None, "new folder of --export", metavar="DIR")
+
+    def problems(self) -> list[str]:
+        """What cannot work, a line each."""
+        problems = []
+        if self.output and Path(self.output).exists():
+            problems.append(f"--output {self.output}: exists; give a new name, or remove it")
+        if self.n_best and self.all_probabilities:
+            problems.append("--n-best and --all-probabilities: give one of the two")
+        return problems
 
 
 @dataclass(frozen=True)

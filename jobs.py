@@ -10,7 +10,14 @@ import torch
 from tokenizers import Tokenizer
 
 from comp_utils import machine_facts, pick_device, say, set_seed, set_up, warn
-from config import DataConfig, DecodingConfig, ModelConfig, TokenizerConfig, TrainingConfig
+from config import (
+    DataConfig,
+    DecodingConfig,
+    ModelConfig,
+    SizeConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
 from data import TextData
 from ddp_utils import (
     broadcast,
@@ -77,6 +84,7 @@ class Job:
             batch_size=options.batch_size,
             batch_tokens=options.batch_tokens,
             search=extract_config(DecodingConfig, options),
+            n_best=len(self.classes) if options.all_probabilities else options.n_best,
             device=self.device,
             precision=options.precision,
         )
@@ -241,6 +249,46 @@ def changed_options(
     return options, [f"{format_option(name, v)} (was {saved[name]})" for name, v in changed.items()]
 
 
+def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:
+    """The run of --init-from, whose sizes join the options given; None without it."""
+    if "init_from" not in given:
+        return None
+    name = given["init_from"]
+    with raise_on_all_ranks():
+        folder = RunFolder.find(name, RunFolder.WEIGHTS, option="--init-from")
+        saved = saved_options(folder.read_config(), folder.path / folder.CONFIG)
+    sizes = field_names(ModelConfig) - {"dropout", "attention"}
+    fixed = field_names(TokenizerConfig, SizeConfig) | sizes
+    problems += [
+        f"{format_option(name, given[name])}: the run of --init-from has its own; leave it out"
+        for name in sorted(fixed & given.keys())
+        if name not in sizes or given[name] != saved[name]
+    ]
+    given |= {name: saved[name] for name in sizes}
+    given.setdefault("dropout", saved["dropout"])
+    return folder
+
+
+def begin_with_weights_of(origin: RunFolder | None, job: Job) -> None:
+    """Gives a new model the weights of another run. Raises BadInput if it is another model."""
+    if origin is None:
+        return
+    with raise_on_all_ranks():
+        classes = origin.read_config()["classes"]
+        if classes != job.classes:
+            raise BadInput(
+                f"--init-from {origin.path}: a model of {of_classes(classes)}, not of "
+                f"{of_classes(job.classes)}; give a run with the same"
+            )
+        job.model.load_state_dict(origin.read_weights(job.model), strict=False)  # tied: once
+    say(f"weights of {origin.path}")
+
+
+def of_classes(classes: list[str] | None) -> str:
+    """What a model gives, in a few words."""
+    return f"classes {', '.join(c[:20] for c in classes[:10])}" if classes else "translations"
+
+
 def restore_threads(config: dict[str, Any]) -> None:
     """Uses the threads of the run so far: with another number, sums are rounded in another order
     and the run ends with other digits."""
@@ -280,6 +328,8 @@ def load_job(given: dict[str, Any], problems: list[str]) -> tuple[Job, RunFolder
             for name in sorted(field_names(DecodingConfig) & given.keys())
             if config["classes"]
         ]
+        if not config["classes"]:
+            problems += search_problems(options)
         if options.predict == "-" and world_size() > 1:
             problems.append("--predict -: only one process can read standard input; give a file")
         with add_to(problems):
@@ -294,6 +344,19 @@ def load_job(given: dict[str, Any], problems: list[str]) -> tuple[Job, RunFolder
             model.load_state_dict(folder.read_weights(model), strict=False)  # tied weights: once
     broadcast_tensors(model.parameters())
     return Job(options, device, codec, classes, model), folder
+
+
+def search_problems(options: Options) -> list[str]:
+    """What a translator cannot answer, a line each."""
+    problems, n = [], options.n_best or 1
+    if options.all_probabilities:
+        problems.append("--all-probabilities: only of a classifier; give --n-best")
+    if n > options.beam_size:
+        problems.append(
+            f"--n-best {n}: a beam of {options.beam_size} finds no more than {options.beam_size}; "
+            f"give --beam-size {n} or more"
+        )
+    return problems
 
 
 def load(run_dir: str, **options: Any) -> Predictor:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,10 +43,12 @@ from errors import BadInput, RunFailed, SharedError, Stopped, StopSignals
 from figures import draw_curves
 from jobs import (
     Job,
+    begin_with_weights_of,
     build_model,
     changed_options,
     check_same_data,
     load_job,
+    origin_of,
     own_device,
     prepare,
     raise_problems,
@@ -78,8 +81,10 @@ def locked(folder: RunFolder) -> Iterator[None]:
 
 def train_and_test(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """A new run, from text to test result."""
+    origin = origin_of(given, problems)
     options, device, folder = start(given, problems)
-    job = prepare(options, device)
+    job = prepare(options, device, origin)
+    begin_with_weights_of(origin, job)
     with locked(folder):
         begin(job, folder)
         say_facts(job, folder)
@@ -185,7 +190,21 @@ def test_only(given: dict[str, Any], problems: list[str], signals: StopSignals) 
 def answer(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """Answers each line of a file with the model of a run folder."""
     job, _ = load_job(given, problems)
-    predict(job.predictor, job.options.predict)
+    predict(job.predictor, job.options.predict, job.options.output if rank() == 0 else None)
+
+
+def export_model(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
+    """Writes the model of a run folder for another tool."""
+    from export import N_SENTENCES, export
+
+    job, folder = load_job({**given, "device": "cpu", "precision": "fp32"}, problems)
+    with raise_on_all_ranks():
+        if world_size() > 1:
+            raise BadInput("--export: not on many processes; use main.py")
+    config = extract_config(DataConfig, job.options)
+    sentences = load_splits(config, ["validation"]).tables["validation"]["source"][:N_SENTENCES]
+    target = Path(job.options.to).expanduser()
+    say(export(job, folder, job.options.export, target, sentences), f"exported to {target}")
 
 
 # ----------------------------------------------------------------------------------------- measure
@@ -241,6 +260,7 @@ COMMAND_FUNCTIONS = {
     "benchmark": time_steps,
     "test_only": test_only,
     "predict": answer,
+    "export": export_model,
 }
 
 

@@ -171,7 +171,7 @@ class EncoderDecoder(nn.Module):
         cache, tgt_in (b, k) are the next tokens of k hypotheses.
         """
         if cache:
-            X = self.embed(tgt_in.reshape(-1, 1), start=len(cache.layers[0][0]))
+            X = self.embed(tgt_in.reshape(-1, 1), start=cache.layers[0][0].n_positions)
             X = X.view(*tgt_in.shape, -1)  # (b, k, d)
             contexts = [(past, seen, cache.Mask) for past, seen in cache.layers]
         else:

@@ -1,5 +1,7 @@
 """Answers of a trained model to texts: labels or translations, and attention maps."""
 
+import json
+import math
 import os
 import queue
 import sys
@@ -7,10 +9,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -26,13 +29,18 @@ from files import TABLE_FORMATS, file_format, read_lines
 from kernels import packed
 from tokenization import TextCodec
 
+Answers = list[tuple[str, float]]  # labels with probabilities, or translations with scores
 PORTION = 4096  # texts sorted by length and answered together
 WAIT = 0.02  # seconds; lines of standard input that arrive within it are answered together
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained model with everything it needs to answer texts."""
+    """A trained model with everything it needs to answer texts.
+
+    Called with a text it returns its label or translation, with a list of texts a list of them; a
+    blank text has "".
+    """
 
     model: nn.Module
     codec: TextCodec
@@ -43,9 +51,29 @@ class Predictor:
     search: DecodingConfig
     device: torch.device
     precision: str
+    n_best: int | None = None  # answers to a text, where more than the best are wanted
 
-    def answer_portions(self, portions: Iterator[list[str]]) -> Iterator[tuple[str, int]]:
-        """(answer, tokens of the text before any cut) for each text in order; ("", 0) if blank.
+    def __call__(self, texts: str | Iterable[str]) -> str | list[str]:
+        """The best answer to a text, or to each of several."""
+        if isinstance(texts, str):
+            return self([texts])[0]
+        return [answers[0][0] if answers else "" for answers in self.answer(texts)]
+
+    def probabilities(self, texts: Iterable[str]) -> list[dict[str, float]]:
+        """The probability of each label, for each text; {} for a blank one."""
+        return [dict(answers) for answers in self.best(texts, len(self.classes))]
+
+    def best(self, texts: Iterable[str], n: int) -> list[Answers]:
+        """The n best answers to each text, best first: labels with their probabilities, or
+        translations with log P / length penalty, n at most the beam size; [] for a blank one."""
+        return replace(self, n_best=n).answer(texts)
+
+    def answer(self, texts: Iterable[str]) -> list[Answers]:
+        """The answers to each text."""
+        return [answers for _, answers, _ in self.answer_portions(portions(texts))]
+
+    def answer_portions(self, portions: Iterator[list[str]]) -> Iterator[tuple[str, Answers, int]]:
+        """Each text in order, its answers, and its tokens before any cut; [] and 0 if it is blank.
 
         Rank 0 reads a portion, all ranks share its batches. Memory is that of one portion.
         """
@@ -60,40 +88,39 @@ class Predictor:
             mine = batches[rank() :: world_size()]
             with packed(self.model):
                 answered = [(batch, self.answer_batch([ids[i] for i in batch])) for batch in mine]
-            answers = [("", 0)] * len(texts)
+            answers = [([], 0)] * len(texts)
             for batch, found in chain.from_iterable(gather(answered)):
                 for i, answer in zip(batch, found):
                     answers[i] = answer, len(ids[i]) + 1
-            yield from answers
-
-    def answer(self, texts: Iterable[str]) -> list[str]:
-        """The answers alone; "" for a blank text."""
-        return [answer for answer, _ in self.answer_portions(portions(texts))]
+            yield from ((text, *answer) for text, answer in zip(texts, answers))
 
     @torch.inference_mode()
-    def answer_batch(self, ids: list[list[int]]) -> list[str]:
-        """One line per sentence of a batch: "label<TAB>probability", or the translation."""
+    def answer_batch(self, ids: list[list[int]]) -> list[Answers]:
+        """The answers to each sentence of a batch."""
         src = [row[: self.max_length - 1] + [self.codec.eos_id] for row in ids]
         src = pad(src, self.codec.pad_id).to(self.device)  # (b, l_z)
         with autocast(self.precision, self.device):
             return self._labels(src) if self.classes else self._translations(src)
 
-    def _labels(self, src: Tensor) -> list[str]:
+    def _labels(self, src: Tensor) -> list[Answers]:
         labels = [" ".join(label.split()) for label in self.classes]  # no line break, no tab
         tgt_in = torch.full((len(src), 1), self.codec.bos_id, device=self.device)
-        p, class_ids = self.model(src, tgt_in)[:, 0].float().softmax(dim=-1).max(dim=-1)  # (b), (b)
-        return [f"{labels[i]}\t{x:.4f}" for i, x in zip(class_ids.tolist(), p.tolist())]
+        p = self.model(src, tgt_in)[:, 0].float().softmax(dim=-1)  # (b, n_classes)
+        best = p.topk(min(self.n_best or 1, len(labels)), dim=1)
+        rows = zip(best.indices.tolist(), best.values.tolist())
+        return [[(labels[i], x) for i, x in zip(*row)] for row in rows]
 
-    def _translations(self, src: Tensor) -> list[str]:
+    def _translations(self, src: Tensor) -> list[Answers]:
         special = {"bos_id": self.codec.bos_id, "eos_id": self.codec.eos_id}
         k, alpha = self.search.beam_size, self.search.length_penalty
-        if k == 1:
-            ids = greedy(self.model, src, **special)
+        if k == 1 and not self.n_best:  # without a score
+            found = [[(math.nan, ids)] for ids in greedy(self.model, src, **special)]
         else:
-            found = beam_search(self.model, src, **special, beam_size=k, alpha=alpha)
-            ids = [best for ((_, best),) in found]
-        texts = self.codec.tokenizer.decode_batch(ids)
-        return [" ".join(text.splitlines()).strip() for text in texts]
+            beam = {"beam_size": k, "alpha": alpha, "n_best": self.n_best or 1}
+            found = beam_search(self.model, src, **special, **beam)
+        texts = iter(self.codec.tokenizer.decode_batch([ids for row in found for _, ids in row]))
+        one_line = map(join_lines, texts)
+        return [[(next(one_line), score) for score, _ in row] for row in found]
 
     @torch.inference_mode()
     def attention(
@@ -123,6 +150,11 @@ class Predictor:
         lengths = np.array([max(map(len, pair)) for pair in ids])
         chosen = np.argsort(abs(lengths - 16), kind="stable")[:n].tolist()
         return [self.attention(sources[i], targets[i]) for i in chosen]
+
+
+def join_lines(text: str) -> str:
+    """A text on one line, without tabs."""
+    return " ".join(text.replace("\t", " ").splitlines()).strip()
 
 
 def portions(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -162,28 +194,57 @@ def live_portions(texts: Iterable[str]) -> Iterator[list[str]]:
         raise end
 
 
-def predict(predictor: Predictor, name: str) -> None:
+def format_answers(predictor: Predictor, text: str, answers: Answers, as_json: bool) -> str:
+    """The answers to a text on one line: tab-separated with their scores, or as JSON."""
+    kind, score = ("label", "probability") if predictor.classes else ("translation", "score")
+    has_scores = bool(predictor.classes or predictor.n_best)
+    if as_json:
+        rows = [{kind: a, score: round(x, 6)} if has_scores else {kind: a} for a, x in answers]
+        return json.dumps({"text": text, "answers": rows}, ensure_ascii=False)
+    return "\t".join(f"{a}\t{x:.4f}" if has_scores else a for a, x in answers)
+
+
+@contextmanager
+def new_file(name: str | None) -> Iterator[TextIO]:
+    """A file that is complete or does not exist; standard output for None."""
+    if name is None:
+        yield sys.stdout
+        return
+    path = Path(name).expanduser()
+    made = path.with_name(f"{path.name}.part")
+    try:
+        with open(made, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        os.replace(made, path)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def predict(predictor: Predictor, name: str, output: str | None = None) -> None:
     """Prints a line in UTF-8 for each line of a file, in order; a blank one for a blank one.
 
     name: the file, or "-" for standard input, whose lines are answered as they arrive.
+    output: a new file for the answers, JSON lines if it ends in .jsonl.
     """
     if file_format(Path(name)) in TABLE_FORMATS:
         fact = "each line is read as one text, with all columns and the header"
         print(f"warning: {name}: {fact}; give a file of texts alone", file=sys.stderr)
     set_up_output(encoding="utf-8")
-    live = name == "-"
+    live, as_json = name == "-", bool(output and output.endswith(".jsonl"))
+    if live and sys.stdin.isatty():
+        print("Type a text and Enter; Ctrl-D ends.", file=sys.stderr)
     texts = (line.rstrip("\r\n") for _, line in read_lines(name))
     answers = predictor.answer_portions(live_portions(texts) if live else portions(texts))
     hidden = live or sys.stdout.isatty() or None  # a bar would break up answers on a terminal
     n_blank = n_cut = 0
     try:
-        with tqdm(unit=" lines", disable=hidden, leave=False) as bar:
-            for answer, n_tokens in answers:
+        with tqdm(unit=" lines", disable=hidden, leave=False) as bar, new_file(output) as file:
+            for text, found, n_tokens in answers:
                 n_blank += n_tokens == 0
                 n_cut += n_tokens > predictor.max_length
-                print(answer, flush=live)
+                print(format_answers(predictor, text, found, as_json), file=file, flush=live)
                 bar.update()
-        sys.stdout.flush()
+            file.flush()
     except BrokenPipeError:  # the reader of the answers, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if world_size() > 1:  # an empty portion ends the other ranks

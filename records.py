@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from config import ASSETS
+from config import ASSETS, format_flag
 from errors import BadInput
 from measure import spread
 from run_folder import RunFolder
@@ -21,12 +21,13 @@ OLD_KEYS = {
     **{"warm_up_updates": "warm_up_steps", "seconds_per_update": "seconds_per_step"},
 }
 # The options that a record holds, and the types of the facts that are shown.
-OPTIONS = (
-    *("workload", "dataset", "task", "batch_size", "batch_tokens", "pad_to", "max_length"),
-    *("accumulate", "r_drop", "n_layers", "d_model", "d_ff", "n_heads", "d_attn", "d_mid"),
-    *("dropout", "activation", "positions", "attention", "precision", "compile", "tf32"),
-    *("deterministic", "label"),
+WORK = (
+    *("dataset", "task", "batch_size", "batch_tokens", "pad_to", "max_length", "accumulate"),
+    *("r_drop", "n_layers", "d_model", "d_ff", "n_heads", "d_attn", "d_mid", "dropout"),
+    *("activation", "positions"),
 )
+WAY = ("attention", "precision", "compile", "tf32", "deterministic")
+OPTIONS = ("workload", *WORK, *WAY, "label")
 TEXTS = {"device_name", "work_fingerprint", "workload", "label", "processor_model", "attention"}
 NUMBERS = {"processes", "threads", "cores", "n_layers", "batch_size", "batch_tokens", "pad_to"}
 
@@ -187,7 +188,7 @@ def compare(names: tuple[str, ...], figure: str | None, allow_different_work: bo
         raise BadInput(f"--figure {figure}: give a name that ends in .png, .svg or .pdf")
     records = [record for name in names for record in read_records(name)]
     same, other = split_by_work(records)
-    marked = [r | {"other_work": work_of(r)} for r in other]
+    marked = [r | {"other_work": difference(r, same[0])} for r in other]
     shown = sorted(
         same + (marked if allow_different_work else []),
         key=lambda r: (
@@ -219,6 +220,13 @@ def split_by_work(records: list[Record]) -> tuple[list[Record], list[Record]]:
         published = r.get("workload") in workloads and r.get("published")
         split[not (published or r.get("work_fingerprint") == work)].append(r)
     return split
+
+
+def difference(record: Record, first: Record) -> str:
+    """How a record's work differs from that of the first: up to two options, or its name."""
+    names = [name for name in WORK if name in record and record[name] != first.get(name)]
+    options = [f"{format_flag(name)} {record[name]}" for name in names]
+    return " ".join(options) if 0 < len(options) <= 2 else work_of(record)
 
 
 def best_of_each_machine(records: list[Record]) -> list[Record]:

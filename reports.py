@@ -29,7 +29,7 @@ def inspect(job: Job, epoch: int) -> tuple[dict[str, float], list[str]]:
     is_scored = epoch % math.ceil(n_epochs / 10) == 0 or epoch == n_epochs
     rows = data.texts["validation"][: None if is_scored else 2]
     search = replace(predictor.search, beam_size=1)
-    hypotheses = replace(predictor, search=search).answer(rows["source"])
+    hypotheses = replace(predictor, search=search)(rows["source"])
     if rank() > 0:
         return {}, []
     sample = list(zip(rows["source"], rows["target"], hypotheses))[:2]
@@ -60,7 +60,7 @@ def score_split(job: Job, folder: RunFolder, split: str, *, is_drawn: bool, **fa
     if not data.classes:
         rows = data.texts[split][:]
         sources, references = rows["source"], comparable(rows["target"])
-        hypotheses = comparable(predictor.answer(sources))
+        hypotheses = comparable(predictor(sources))
     if rank() > 0:
         return
     if not data.classes:

@@ -104,7 +104,7 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def find(cls, run_dir: str | None, *needed: str) -> "RunFolder":
+    def find(cls, run_dir: str | None, *needed: str, option: str = "--run-dir") -> "RunFolder":
         """The folder of an existing run that has the files needed. Raises BadInput."""
         folder = cls(Path(run_dir or ".").expanduser())
         names = (cls.CONFIG, cls.TOKENIZER, *needed)
@@ -118,8 +118,8 @@ class RunFolder:
             f"give the folder of a run{f', such as {latest}, the latest one here' * bool(latest)}"
         )
         if run_dir is None:
-            raise BadInput(f"--run-dir: missing; {remedy}")
-        raise BadInput(f"--run-dir {run_dir}: no such run, {missing[0]} is missing; {remedy}")
+            raise BadInput(f"{option}: missing; {remedy}")
+        raise BadInput(f"{option} {run_dir}: no such run, {missing[0]} is missing; {remedy}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

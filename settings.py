@@ -4,12 +4,14 @@ import argparse
 import difflib
 import typing
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from config import (
     SIZES,
+    VERSION,
     DataConfig,
     DecodingConfig,
     MeasureConfig,
@@ -92,7 +94,15 @@ EXAMPLES = """examples:
   python main.py --run-dir runs/mine --predict new.txt            use the model
   python main.py --workload original --benchmark 20 --run-dir runs/here"""
 
-COMMANDS = ("compare", "check_device", "benchmark", "test_only", "predict")  # instead of training
+# What is done instead of training.
+COMMANDS = ("compare", "check_device", "benchmark", "test_only", "predict", "export")
+# Options that belong to one command.
+ONLY_WITH = {
+    "compare": ("figure", "allow_different_work"),
+    "benchmark": ("label",),
+    "predict": ("n_best", "all_probabilities", "output"),
+    "export": ("to",),
+}
 BATCH_LIMITS = {"batch_size", "batch_tokens"}  # one of the two limits a batch
 
 
@@ -165,7 +175,8 @@ def build_parser(groups: Groups = GROUPS) -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    defaults = vars(resolve({})) | {"model": "the sizes below"}
+    parser.add_argument("--version", action="version", version=f"rhea {VERSION}")
+    defaults = vars(resolve({})) | {"model": "the values shown below"}
     for title, configs in groups.items():
         group = parser.add_argument_group(title)
         for f in (f for config in configs for f in fields(config)):
@@ -307,18 +318,21 @@ def command_problems(given: dict[str, Any], commands: list[str]) -> list[str]:
         problems.append(f"--resume and {format_flag(commands[0])}: give one of the two")
     if "resume" in given and "overwrite" in given:
         problems.append("--resume and --overwrite: give one of the two")
-    if "compare" not in given:
-        problems += [
-            f"{format_flag(name)}: only with --compare; add it, or leave this out"
-            for name in ("figure", "allow_different_work")
-            if name in given
-        ]
-    if "label" in given and "benchmark" not in given:
-        problems.append("--label: only with --benchmark; add it, or leave this out")
+    problems += [
+        f"{format_flag(name)}: only with {format_flag(command)}; add it, or leave this out"
+        for command, names in ONLY_WITH.items()
+        for name in names
+        if name in given and command not in given
+    ]
+    if "export" in given and "to" not in given:
+        problems.append(f"--export {given['export']}: name the new folder with --to")
+    if "init_from" in given and "resume" in given:
+        problems.append("--init-from and --resume: give one of the two")
     allowed = {
         "compare": {"compare", "figure", "allow_different_work"},
         "predict": INFERENCE_OPTIONS - {"num_workers", "bleu_tokenize"},
         "test_only": INFERENCE_OPTIONS | TEST_OPTIONS,
+        "export": {"run_dir", "to", "beam_size", "length_penalty", "dataset"},
         "check_device": option_fields().keys() - {"run_dir", "overwrite"},
     }
     for command in commands[:1]:
@@ -343,5 +357,5 @@ def saved_options(config: dict[str, Any], path: Any) -> dict[str, Any]:
             "run, or train again"
         )
     defaults = {name: f.default for name, f in known.items()}
-    for_this_call = {"resume", "overwrite", *COMMANDS}
+    for_this_call = {"resume", "overwrite", *COMMANDS, *chain.from_iterable(ONLY_WITH.values())}
     return {**defaults, **config["options"], **{name: defaults[name] for name in for_this_call}}

@@ -290,62 +290,6 @@ def decode(run_dir: str) -> None:
     print(f"the same tokens: {found[greedy] == found[no_cache] == found[memory]}")
 
 
-def as_marian(model: nn.Module, codec: TextCodec) -> nn.Module:
-    """The same weights in transformers' MarianMTModel, whose layers are the paper's too."""
-    from transformers import MarianConfig, MarianMTModel
-
-    layer = model.encoder[0]
-    n_vocab, d_model = model.embedding.W_e.shape
-    sizes = {"d_model": d_model}
-    for side in ("encoder", "decoder"):
-        sizes[f"{side}_layers"] = len(model.encoder)
-        sizes[f"{side}_ffn_dim"] = len(layer.feed_forward.W_1.weight)
-        sizes[f"{side}_attention_heads"] = layer.self_attention.n_heads
-    ends = {"pad_token_id": codec.pad_id, "eos_token_id": codec.eos_id}
-    theirs = MarianMTModel(
-        MarianConfig(
-            vocab_size=n_vocab,
-            max_position_embeddings=512,
-            activation_function="relu",
-            scale_embedding=True,
-            tie_word_embeddings=True,
-            decoder_start_token_id=codec.bos_id,
-            forced_eos_token_id=None,
-            bos_token_id=codec.bos_id,
-            **ends,
-            **sizes,
-        )
-    ).eval()
-    with torch.no_grad():
-        theirs.model.shared.weight.copy_(model.embedding.W_e)
-        for side in (theirs.model.encoder, theirs.model.decoder):
-            side.embed_positions.weight.copy_(sinusoids(512, d_model).float())
-        for ours, layer in zip(model.encoder, theirs.model.encoder.layers):
-            copy_attention(ours.self_attention, layer.self_attn)
-            copy_rest(ours, layer, [layer.self_attn_layer_norm, layer.final_layer_norm])
-        for ours, layer in zip(model.decoder, theirs.model.decoder.layers):
-            copy_attention(ours.self_attention, layer.self_attn)
-            copy_attention(ours.cross_attention, layer.encoder_attn)
-            norms = [layer.self_attn_layer_norm, layer.encoder_attn_layer_norm]
-            copy_rest(ours, layer, [*norms, layer.final_layer_norm])
-    return theirs
-
-
-def copy_attention(ours: nn.Module, theirs: nn.Module) -> None:
-    """One attention's weights."""
-    for name, layer in (("q", ours.W_q), ("k", ours.W_k), ("v", ours.W_v), ("out", ours.W_o)):
-        getattr(theirs, f"{name}_proj").load_state_dict(layer.state_dict())
-
-
-def copy_rest(ours: nn.Module, theirs: nn.Module, norms: list[nn.Module]) -> None:
-    """A layer's feed-forward and norms."""
-    theirs.fc1.load_state_dict(ours.feed_forward.W_1.state_dict())
-    theirs.fc2.load_state_dict(ours.feed_forward.W_2.state_dict())
-    for i, norm in enumerate(norms, 1):
-        for p, q in zip(norm.parameters(), getattr(ours, f"norm_{i}").parameters()):
-            p.copy_(q)
-
-
 def generate(run_dir: str) -> None:
     """Sentences in a second of greedy and beam search, ours and transformers', same weights."""
     for k in (1, 5):

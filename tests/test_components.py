@@ -280,7 +280,7 @@ def test_causal_attention_in_parts_matches_causal_attention_at_once(form, parts)
     module, (X, _), past = mhattention(form, d_z=6), sequences(), Context()
     Y = torch.cat([module(x, x, CAUSAL, past) for x in X.split(parts, dim=1)], dim=1)
     assert_close(Y, module(X, X, CAUSAL), rtol=1e-12, atol=1e-12)
-    assert len(past) == L_X
+    assert past.n_positions == L_X
 
 
 @each_form

@@ -51,7 +51,7 @@ def test_help_exits_with_0_and_fits_100_columns(help_text, capsys):
 
 def test_help_shows_each_option_with_its_default(help_text):
     assert len(FIELDS) == sum(len(fields(config)) for config in CONFIGS) > 35
-    defaults = vars(settings.resolve({})) | {"model": "the sizes below"}
+    defaults = vars(settings.resolve({})) | {"model": "the values shown below"}
     for flag, field in FIELDS.items():
         text, default = help_of(flag, help_text), defaults[field.name]
         if not isinstance(default, bool | None):

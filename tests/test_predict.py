@@ -1,5 +1,6 @@
 """Answers to texts: Predictor, the command line's --predict, standard input and output."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import jobs
 import main
 import predict
 from config import DecodingConfig, ModelConfig, TokenizerConfig
-from decoding import EXTRA_LENGTH
+from decoding import EXTRA_LENGTH, beam_search
 from models import Transformer, TransformerClassifier
 from predict import Predictor, live_portions, portions
 from tokenization import train_tokenizer
@@ -110,9 +111,9 @@ def test_a_batch_of_predict_holds_what_its_option_says(options, largest, run_cop
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_translations_do_not_depend_on_the_size_of_batches(beam_size):
     texts = ["abc", "", "a" * 500, "b c", "\n", "d" * 20]
-    expected = small_predictor(batch_size=1, beam_size=beam_size).answer(texts)
+    expected = small_predictor(batch_size=1, beam_size=beam_size)(texts)
     for batches in ({"batch_size": 6}, {"batch_size": None, "batch_tokens": 70}):
-        assert small_predictor(beam_size=beam_size, **batches).answer(texts) == expected
+        assert small_predictor(beam_size=beam_size, **batches)(texts) == expected
     assert expected[1] == expected[4] == ""
 
 
@@ -123,8 +124,8 @@ def test_translations_do_not_depend_on_the_size_of_batches(beam_size):
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_a_text_longer_than_the_position_table_is_translated(beam_size, positions):
     predictor = small_predictor(max_length=8, beam_size=beam_size, positions=positions)
-    ((answer, n_tokens),) = predictor.answer_portions(iter([["abc" * 100]]))
-    assert isinstance(answer, str) and n_tokens > 300
+    ((_, answers, n_tokens),) = predictor.answer_portions(iter([["abc" * 100]]))
+    assert len(answers) == 1 and n_tokens > 300
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
@@ -166,13 +167,12 @@ def test_no_answer_has_a_line_break(mark, monkeypatch):
     monkeypatch.setattr(predict, "beam_search", lambda *_, **__: [[(0.0, ids[0])]])
     for beam_size in (1, 2):
         predictor = small_predictor(beam_size=beam_size)
-        assert predictor.answer(["x"]) == ["two lines"]
-    (answer,) = small_predictor(classes=[f"two{mark}lines"]).answer(["x"])
-    assert answer == "two lines\t1.0000"
+        assert predictor(["x"]) == ["two lines"]
+    assert small_predictor(classes=[f"two{mark}lines"])("x") == "two lines"
 
 
 def test_a_tab_in_a_label_is_not_taken_for_the_end_of_the_label():
-    assert small_predictor(classes=["a\tb"]).answer(["x"]) == ["a b\t1.0000"]
+    assert small_predictor(classes=["a\tb"])("x") == "a b"
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -381,3 +381,77 @@ def test_standard_input_is_refused_for_several_processes(run_copy, capsys, monke
     monkeypatch.setattr(jobs, "world_size", lambda: 2)
     argv = ["--run-dir", str(run_copy), "--predict", "-"]
     refuse_with(argv, ["--predict -: only one process", "give a file"], capsys)
+
+
+# -------------------------------------------------------------------------- several answers, Python
+
+
+def test_n_best_are_those_of_beam_search():
+    predictor, texts = small_predictor(beam_size=3), ["abc", "", "b c"]
+    found = predictor.best(texts, 3)
+    assert found[1] == [] and predictor(texts) == [row[0][0] if row else "" for row in found]
+    ids = [row + [predictor.codec.eos_id] for row in predictor.codec.encode(["abc"])]
+    ends = {"bos_id": predictor.codec.bos_id, "eos_id": predictor.codec.eos_id}
+    search = {"beam_size": 3, "alpha": predictor.search.length_penalty, "n_best": 3}
+    (expected,) = beam_search(predictor.model, torch.tensor(ids), **ends, **search)
+    assert [score for _, score in found[0]] == pytest.approx([x for x, _ in expected], abs=1e-5)
+    assert expected == sorted(expected, reverse=True)
+
+
+def test_python_and_the_command_line_give_the_same_answers(run_copy):
+    write_files({"in.txt": b"a wonderful , moving film\n\ndull .\n"})
+    texts = ["a wonderful , moving film", "", "dull ."]
+    argv = ["--run-dir", run_copy, "--predict", "in.txt"]
+    model = jobs.load(str(run_copy), device="cpu")
+    assert model("dull .") == model(texts)[2] and model("") == ""
+    expected = model.best(texts, 2)
+    for row, p in zip(expected, model.probabilities(texts)):
+        assert p == dict(row) and (not row or sum(p.values()) == pytest.approx(1))
+
+    lines = run_quietly(*argv).splitlines()
+    assert lines == ["\t".join((r[0][0], f"{r[0][1]:.4f}")) if r else "" for r in expected]
+    lines = ["\t".join(f"{a}\t{p:.4f}" for a, p in row) for row in expected]
+    assert run_quietly(*argv, "--n-best", 2).splitlines() == lines
+    assert run_quietly(*argv, "--all-probabilities").splitlines() == lines
+    assert run_quietly(*argv, "--all-probabilities", "--output", "out.txt") == ""
+    assert Path("out.txt").read_text(encoding="utf-8").splitlines() == lines
+    run_quietly(*argv, "--output", "out.jsonl")
+    rows = [json.loads(line) for line in Path("out.jsonl").read_bytes().splitlines()]
+    assert [row["text"] for row in rows] == texts and rows[1]["answers"] == []
+    label, p = expected[0][0]
+    assert rows[0]["answers"] == [{"label": label, "probability": round(p, 6)}]
+
+
+def test_output_is_complete_or_does_not_exist(run_copy, monkeypatch, capsys):
+    write_files({"in.txt": b"dull .\n", "bad.txt": b"dull .\n\xff\n", "there.txt": b"mine"})
+    argv = ["--run-dir", run_copy, "--predict"]
+    refuse_with(
+        [*argv, "in.txt", "--output", "there.txt"], ["--output there.txt", "exists"], capsys
+    )
+    assert Path("there.txt").read_bytes() == b"mine"
+    monkeypatch.setattr(predict, "PORTION", 1)
+    assert main.main([*map(str, argv), "bad.txt", "--output", "new.txt"]) == 2
+    assert not Path("new.txt").exists() and not Path("new.txt.part").exists()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--n-best 2", ["--n-best 2", "give --beam-size 2"]),
+        ("--all-probabilities", ["--all-probabilities", "only of a classifier", "--n-best"]),
+    ],
+)
+def test_more_answers_than_a_translator_has_are_refused(
+    options, words, finished_translator, capsys
+):
+    write_files({"in.txt": b"a\n"})
+    argv = [
+        "--run-dir",
+        finished_translator[0],
+        "--predict",
+        "in.txt",
+        "--beam-size",
+        1,
+        *options.split(),
+    ]
+    refuse_with(argv, words, capsys)

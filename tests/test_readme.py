@@ -78,10 +78,11 @@ def test_the_python_snippet_runs(run_copy):
     (snippet,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
     Path("runs").mkdir()
     Path("runs/mine").symlink_to(run_copy.absolute())
-    result: dict = {}
-    exec(snippet.replace("print(", "answers = list("), result)
-    labels = [line.split("\t")[0] for line in result["answers"]]
-    assert len(labels) == 2 and set(labels) <= {"negative", "positive"}
+    printed: list = []
+    exec(snippet, {"print": lambda *values: printed.extend(values)})
+    label, labels, ((first, second),) = printed
+    assert {label, *labels} <= {"negative", "positive"} and len(labels) == 2
+    assert {first[0], second[0]} == {"negative", "positive"} and first[1] > 0.5 > second[1]
 
 
 def test_the_readme_fits_one_page():

@@ -73,6 +73,9 @@ def test_other_work_than_the_first_is_left_out_and_named():
     out = run_quietly("--compare", own, others, "--allow-different-work")
     assert [line.split()[0] for line in out.splitlines()[3:-1]] == ["3", "6", "4", "5"]
     assert "other work: reviews" in out and "other work, included: reviews bbb" in out
+    changed = record(7, work_fingerprint="c" * 16, pad_to=9)
+    out = run_quietly("--compare", own, write_records("c.jsonl", changed), "--allow-different-work")
+    assert "other work: reviews" in out and "other work: --pad-to 9" in out
     (first,) = read_records(write_records("b.jsonl", record(work_fingerprint="b" * 16)))
     out = run_quietly("--compare", "b.jsonl", own)
     assert first["work_fingerprint"] not in out and "a" * 16 in out.splitlines()[-1]

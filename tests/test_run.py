@@ -22,6 +22,7 @@ from helpers import (
     csv_bytes,
     events,
     losses,
+    refuse_with,
     run_quietly,
     toy_corpus,
     translate_toy,
@@ -526,3 +527,34 @@ def test_a_run_shorter_than_its_warm_up_is_warned_of_and_its_epoch_time_extrapol
     out, err = capsys.readouterr()
     assert "warning" not in err
     assert re.search(r"one training epoch: [\d.]+ s, median of 2 \([\d.]+ to [\d.]+\)\n", out)
+
+
+# ------------------------------------------------------------------------ weights of another run
+
+
+def test_a_run_begins_with_the_weights_of_another(finished, slice_of_reviews):
+    origin = finished[0]
+    argv = ["--dataset", slice_of_reviews, "--init-from", origin, "--run-dir", "new"]
+    out = run_quietly(*argv, "--max-steps", 1, "--lr", 1e-9)
+    assert f"weights of {origin}" in out
+    weights, before = (load_file(run / "best.safetensors") for run in (Path("new"), origin))
+    for name, tensor in before.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+    tokenizers = [(run / "tokenizer.json").read_bytes() for run in (Path("new"), origin)]
+    assert tokenizers[0] == tokenizers[1]
+    assert run_quietly("--resume", "--run-dir", "new", "--max-steps", 2)
+
+
+def test_weights_of_another_model_are_refused(finished, slice_of_reviews, capsys):
+    write_files({"three.csv": csv_bytes([(f"w {i}", str(i % 3)) for i in range(60)])})
+    for options, words in {
+        "--dataset three.csv": ["--init-from", "classes negative, positive", "classes 0, 1, 2"],
+        "--d-model 96": ["--d-model 96", "--init-from", "leave it out"],
+        "--vocab-size 500": ["--vocab-size 500", "--init-from", "leave it out"],
+        "--resume": ["--init-from and --resume"],
+    }.items():
+        argv = ["--run-dir", "new", "--init-from", finished[0], *options.split()]
+        if "--dataset" not in options and "--resume" not in options:
+            argv += ["--dataset", slice_of_reviews]
+        refuse_with(argv, words, capsys)
+    refuse_with(["--init-from", "nowhere"], ["--init-from nowhere", "no such run"], capsys)
