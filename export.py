@@ -54,16 +54,20 @@ def export(job: Job, folder: RunFolder, name: str, target: Path, sentences: list
 
 def format_problems(job: Job, name: str) -> list[str]:
     """Why a model cannot be written in a format, a line each."""
-    problems = []
-    for package in PACKAGES[name]:
-        try:
+    problems = model_problems(job, name) if name != "onnx" else []
+    try:
+        for package in PACKAGES[name]:
             importlib.import_module(package)
-        except ImportError as error:
-            install = f"install it with: pip install {' '.join(PACKAGES[name])}"
-            problems.append(f"--export {name}: cannot import {error.name}; {install}")
-            break
-    if name == "onnx":
-        return problems
+    except ImportError as error:
+        install = f"install it with: pip install {' '.join(PACKAGES[name])}"
+        missing = f"--export {name}: cannot import {error.name}; {install}"
+        return problems or [missing]
+    return problems
+
+
+def model_problems(job: Job, name: str) -> list[str]:
+    """What this model has that the models of other tools have not, a line each."""
+    problems = []
     instead = "give --export onnx"
     if job.classes:
         problems.append(f"--export {name}: it has no model like this classifier; {instead}")

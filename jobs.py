@@ -1,5 +1,6 @@
 """From options to a job: device, data and model of a new, a resumed or a finished run."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from ddp_utils import (
 )
 from decoding import EXTRA_LENGTH
 from errors import BadInput, StopSignals
+from fitting import fit_batch, fit_epochs
 from measure import work_fingerprint
 from models import Transformer, TransformerClassifier, count_parameters
 from predict import Predictor
@@ -157,16 +159,21 @@ def start(given: dict[str, Any], problems: list[str]) -> tuple[Options, torch.de
     return options, device, broadcast(folder)  # its name may be the time
 
 
-def load_data(options: Options, tokenizer_of: RunFolder | None = None) -> tuple[TextData, Splits]:
+def load_data(
+    options: Options, tokenizer_of: RunFolder | None = None, given: dict[str, Any] | None = None
+) -> tuple[TextData, Splits]:
     """The data set as ids and as text; the tokenizer is a run's, or that of the options.
 
+    given: of a new run, the options whose values do not follow from the size of the data.
     Rank 0 trains or reads the tokenizer; one process of each machine prepares the rows for all.
     """
-    config = extract_config(DataConfig, options)
-    is_classification = options.task == "classification"
+    is_classification, fitted = options.task == "classification", []
     with local_rank_zero_first():
-        splits = load_splits(config)
+        splits = load_splits(extract_config(DataConfig, options))
     tables = splits.tables
+    if given is not None:
+        fitted += fit_batch(options, given, len(tables["train"]))
+    config = extract_config(DataConfig, options)
 
     def tokenizer_text() -> str:
         if tokenizer_of:
@@ -188,12 +195,26 @@ def load_data(options: Options, tokenizer_of: RunFolder | None = None) -> tuple[
         classes = class_names(tables) if is_classification else None
         if classes:
             check_labels(tables, classes)
-        return TextData(config, tables, codec, classes), splits
+        data = TextData(config, tables, codec, classes)
+    if given is not None:
+        n_batches = len(data.plan("train", seed=options.seed, epoch=1))
+        steps_per_epoch = math.ceil(n_batches / (options.accumulate * world_size()))
+        fitted += fit_epochs(options, given, steps_per_epoch)
+        if fitted:
+            splits.notes.append(
+                f"defaults for {len(tables['train']):,} sentences: {' '.join(fitted)}"
+            )
+    return data, splits
 
 
-def prepare(options: Options, device: torch.device, tokenizer_of: RunFolder | None = None) -> Job:
-    """Data and a fresh model."""
-    data, splits = load_data(options, tokenizer_of)
+def prepare(
+    options: Options,
+    device: torch.device,
+    tokenizer_of: RunFolder | None = None,
+    given: dict[str, Any] | None = None,
+) -> Job:
+    """Data and a fresh model. given: as `load_data` takes it."""
+    data, splits = load_data(options, tokenizer_of, given)
     model = build_model(options, data.codec, data.classes).to(device)
     plan, config = data.plan_fingerprint(options.seed), extract_config(ModelConfig, options)
     facts = {

@@ -83,7 +83,7 @@ def train_and_test(given: dict[str, Any], problems: list[str], signals: StopSign
     """A new run, from text to test result."""
     origin = origin_of(given, problems)
     options, device, folder = start(given, problems)
-    job = prepare(options, device, origin)
+    job = prepare(options, device, origin, given)
     begin_with_weights_of(origin, job)
     with locked(folder):
         begin(job, folder)
@@ -213,7 +213,7 @@ def export_model(given: dict[str, Any], problems: list[str], signals: StopSignal
 def time_steps(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """Times training steps and writes a record."""
     options, device, folder = start(given, problems)
-    job = prepare(options, device)
+    job = prepare(options, device, given=given)
     say_facts(job, folder)
     named = WORKLOADS.get(options.workload, {})
     is_changed = any(getattr(options, name) != value for name, value in named.items())
@@ -231,7 +231,7 @@ def time_steps(given: dict[str, Any], problems: list[str], signals: StopSignals)
 def check_against_cpu(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """Compares a device with the CPU on one batch. Raises RunFailed if they differ."""
     options, device, _ = start(given, problems)
-    job = prepare(options, device)
+    job = prepare(options, device, given=given)
     say_facts(job, None)
     written_out = SimpleNamespace(**{**vars(options), "attention": "list"})
     reference = build_model(written_out, job.codec, job.classes)

@@ -56,8 +56,9 @@ class Evaluation:
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """Greater is better: a classifier by accuracy, then loss, a translator by loss."""
-        return (-self.loss,) if self.confusion is None else (self.accuracy, -self.loss)
+        """Greater is better: a classifier by macro F1, which a class of few sentences counts in as
+        much as one of many, then by loss; a translator by loss."""
+        return (-self.loss,) if self.confusion is None else (self.macro_f1, -self.loss)
 
 
 def comparable(texts: Iterable[str]) -> list[str]:

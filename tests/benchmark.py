@@ -2,7 +2,7 @@
 
 python tests/benchmark.py train [options of main.py]   one step, with torch.nn.Transformer
 python tests/benchmark.py decode RUN_DIR               greedy search, with and without a cache
-python tests/benchmark.py generate RUN_DIR             greedy and beam search, with transformers
+python tests/benchmark.py generate RUN_DIR             greedy and beam search, with others
 python tests/benchmark.py processes [options of main.py]   two processes, with one (on Linux)
 Each figure is the median of all rounds, with the least and the greatest.
 """
@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from processes import PROJECT, Launched, launched
 from torch import Tensor, nn
 
+import decoding
+import export
 import jobs
 import kernels
 import settings
@@ -44,7 +46,6 @@ from measure import forward_flops, matmul_flops_per_second
 from optimization import build_optimizer, count_correct, loss_sums, train_step
 from run_folder import RunFolder
 from splits import load_splits
-from tokenization import TextCodec
 
 CPU = torch.device("cpu")
 ROUNDS, SENTENCES, TOKENS = 5, 1000, 16_000
@@ -184,8 +185,9 @@ def train(argv: list[str]) -> None:
     sizes = {"n_vocab": data.codec.n_vocab, "max_len": length, "pad_id": data.codec.pad_id}
     theirs = TorchTransformer(config, **sizes, n_classes=n_classes or None)
     works = {"rhea": work(ours, rhea_step), "torch.nn.Transformer": work(theirs, torch_step)}
+    job = jobs.Job(options, CPU, data.codec, data.classes, ours)
     if not n_classes and find_spec("transformers"):
-        works["transformers' Marian"] = work(Logits(as_marian(ours, data.codec)), torch_step)
+        works["transformers' Marian"] = work(Logits(export.as_marian(job)), torch_step)
     works |= {
         "without oneDNN": work(ours, rhea_step, ONEDNN=False),
         "with torch's dropout": work(ours, rhea_step, dropout=F.dropout),
@@ -259,20 +261,21 @@ def greedy_without_cache(
     return found
 
 
-def load_run(run_dir: str, batch_size: int) -> tuple[nn.Module, TextCodec, list[Tensor]]:
-    """The translator of a run, its codec, and sentences of its test split in batches."""
+def load_run(run_dir: str, batch_size: int) -> tuple[jobs.Job, list[Tensor]]:
+    """The translator of a run, and sentences of its test split in batches."""
     given = {"run_dir": run_dir, "test_only": True, "batch_size": batch_size, "device": "cpu"}
     job, _ = jobs.load_job(given, [])
     config = settings.extract_config(DataConfig, job.options)
     data = TextData(config, load_splits(config, ["test"]).tables, job.codec, None)
     batches = [batch.src for batch in data.load("test", data.plan("test"), CPU)]
-    return job.model.eval(), job.codec, batches[: SENTENCES // batch_size + 1]
+    job.model.eval()
+    return job, batches[: SENTENCES // batch_size + 1]
 
 
 def decode(run_dir: str) -> None:
     """Sentences in a second of greedy search, with cached keys and values and without."""
-    model, codec, batches = load_run(run_dir, 64)
-    ends = {"bos_id": codec.bos_id, "eos_id": codec.eos_id}
+    job, batches = load_run(run_dir, 64)
+    model, ends = job.model, {"bos_id": job.codec.bos_id, "eos_id": job.codec.eos_id}
     found = {}
 
     def work(search: Callable) -> Callable[[], float]:
@@ -291,42 +294,94 @@ def decode(run_dir: str) -> None:
 
 
 def generate(run_dir: str) -> None:
-    """Sentences in a second of greedy and beam search, ours and transformers', same weights."""
-    for k in (1, 5):
-        model, codec, batches = load_run(run_dir, 64)
-        theirs = as_marian(model, codec)
-        ends = {"bos_id": codec.bos_id, "eos_id": codec.eos_id}
-        n, found = sum(map(len, batches)), {}
+    """Sentences in a second of greedy and beam search: ours, transformers' and CTranslate2's, with
+    the same weights; of the length that the model gives, and of 16 tokens."""
+    job, batches = load_run(run_dir, 64)
+    n, found = sum(map(len, batches)), {}
 
-        def our_search(src: Tensor, k=k, model=model, ends=ends) -> list[list[int]]:
-            if k == 1:
-                return greedy(model, src, **ends)
-            return [ids for ((_, ids),) in beam_search(model, src, **ends, beam_size=k, alpha=0.6)]
+    def work(name: str, search: Callable) -> Callable[[], float]:
+        def all_sentences() -> float:
+            began = time.perf_counter()
+            with kernels.packed(job.model):
+                found[name] = [row for src in batches for row in search(src)]
+            return n / (time.perf_counter() - began)
 
-        def their_search(src: Tensor, k=k, theirs=theirs, codec=codec) -> list[list[int]]:
-            ids = theirs.generate(
-                src,
-                attention_mask=(src != codec.pad_id).long(),
-                num_beams=k,
-                do_sample=False,
-                max_new_tokens=src.shape[1] + EXTRA_LENGTH,
-                **({"length_penalty": 0.6} if k > 1 else {}),
-            )
-            special = (codec.pad_id, codec.bos_id, codec.eos_id)
-            return [[i for i in row if i not in special] for row in ids.tolist()]
+        return all_sentences
 
-        def work(search: Callable, batches=batches, found=found, n=n) -> Callable[[], float]:
-            def all_sentences() -> float:
-                began = time.perf_counter()
-                found[search] = [row for src in batches for row in search(src)]
-                return n / (time.perf_counter() - began)
+    for length in (None, 16):
+        for k in (1, 5):
+            searches = {"rhea": our_search(job, k, length)}
+            if find_spec("transformers"):
+                searches["transformers"] = search_of_transformers(job, k, length)
+            if find_spec("ctranslate2"):
+                searches["CTranslate2"] = search_of_ctranslate2(job, k, length)
+            of = f"{length} tokens" if length else "natural length"
+            print(f"beam {k}, {n} sentences of {of}, {torch.get_num_threads()} threads")
+            with ExitStack() as stack:
+                if length:
+                    limits = partial(fixed_limits, length)
+                    stack.enter_context(patch.object(decoding, "length_limits", limits))
+                in_turn({name: work(name, f) for name, f in searches.items()}, "sentences/s")
+            for name in [*searches][1:]:
+                same = sum(a == b for a, b in zip(found["rhea"], found[name]))
+                print(f"the same tokens as {name}: {same} of {n}")
 
-            return all_sentences
 
-        print(f"beam {k}, {n} sentences in batches of 64, {torch.get_num_threads()} threads")
-        in_turn({"rhea": work(our_search), "transformers": work(their_search)}, "sentences/s")
-        same = sum(a == b for a, b in zip(found[our_search], found[their_search]))
-        print(f"the same tokens: {same} of {n}")
+def fixed_limits(length: int, src_Mask: Tensor) -> Tensor:
+    """`decoding.length_limits` that are all the same."""
+    return torch.full((len(src_Mask),), length)
+
+
+Search = Callable[[Tensor], list[list[int]]]
+
+
+def our_search(job: jobs.Job, k: int, length: int | None) -> Search:
+    """rhea's search. length: every translation has it, since none can end."""
+    ends = {"bos_id": job.codec.bos_id, "eos_id": -1 if length else job.codec.eos_id}
+    if k == 1:
+        return lambda src: greedy(job.model, src, **ends)
+    beam = partial(beam_search, job.model, **ends, beam_size=k, alpha=0.6)
+    return lambda src: [ids for ((_, ids),) in beam(src)]
+
+
+def search_of_transformers(job: jobs.Job, k: int, length: int | None) -> Search:
+    """transformers' generate."""
+    theirs, codec = export.as_marian(job), job.codec
+    special = (codec.pad_id, codec.bos_id, codec.eos_id)
+    how = {"num_beams": k, "do_sample": False, **({"length_penalty": 0.6} if k > 1 else {})}
+    how |= {"min_new_tokens": length} if length else {}
+
+    def search(src: Tensor) -> list[list[int]]:
+        mask, limit = (src != codec.pad_id).long(), length or src.shape[1] + EXTRA_LENGTH
+        ids = theirs.generate(src, attention_mask=mask, max_new_tokens=limit, **how)
+        return [[i for i in row if i not in special] for row in ids.tolist()]
+
+    return search
+
+
+def search_of_ctranslate2(job: jobs.Job, k: int, length: int | None) -> Search:
+    """CTranslate2's translate_batch, in float32."""
+    import ctranslate2
+
+    tokens, pad_id = export.all_tokens(job), job.codec.pad_id
+    ids = {token: i for i, token in enumerate(tokens)}
+    with tempfile.TemporaryDirectory() as name:
+        export.write_ctranslate2(job, Path(name))
+        threads = {"inter_threads": 1, "intra_threads": torch.get_num_threads()}
+        translator = ctranslate2.Translator(name, compute_type="float32", **threads)
+
+    def search(src: Tensor) -> list[list[int]]:
+        limit = length or src.shape[1] + EXTRA_LENGTH
+        results = translator.translate_batch(
+            [[tokens[i] for i in row if i != pad_id] for row in src.tolist()],
+            beam_size=k,
+            length_penalty=0.6,
+            max_decoding_length=limit,
+            min_decoding_length=length or 1,
+        )
+        return [[ids[token] for token in result.hypotheses[0]] for result in results]
+
+    return search
 
 
 def run_speed(events: list[dict], n_tokens: list[int]) -> float:

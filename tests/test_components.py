@@ -283,15 +283,6 @@ def test_causal_attention_in_parts_matches_causal_attention_at_once(form, parts)
     assert past.n_positions == L_X
 
 
-@each_form
-def test_rows_that_share_a_context_attend_to_it_as_if_each_had_its_own(form):
-    module, (_, Z), k = mhattention(form), sequences(), 3
-    X, Mask = torch.randn(B * k, L_X, SIZES["d_x"]), torch.rand(B, 1, 1, L_Z) < 0.7
-    Mask[..., 0] = True
-    expected = module(X, Z.repeat_interleave(k, 0), Mask.repeat_interleave(k, 0))
-    assert_close(module(X, Z, Mask), expected, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_layer_norm_module_function_and_torch_agree(scale):
     ours, theirs = perturbed(LayerNorm(6)), nn.LayerNorm(6)

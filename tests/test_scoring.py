@@ -303,3 +303,9 @@ def test_a_run_warns_of_a_tokenizer_without_a_decoder(tmp_path, capsys):
     assert main.main(["--dataset", str(tmp_path), *argv.split()]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "references" in line]
     assert len(warnings) == 1 and "99 of 100 validation references" in warnings[0]
+
+
+def test_a_model_that_knows_the_rare_class_is_better_than_one_that_ignores_it():
+    ignores = Evaluation(0.1, 0.95, np.array([[95, 0], [5, 0]]))
+    knows = Evaluation(0.2, 0.94, np.array([[90, 5], [1, 4]]))
+    assert knows.rank > ignores.rank and ignores.macro_f1 < 0.5 < knows.macro_f1

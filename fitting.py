@@ -1,0 +1,45 @@
+"""Defaults for a user's own data, which follow from its size. assets/defaults.py measures them."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+from optimization import paper_lr
+from settings import BATCH_LIMITS, RECIPE_OF_TASK, RECIPES, format_option
+
+# A batch is a 32nd of the data, within these bounds, in sentences or tokens.
+BATCHES = {"classification": ("batch_size", 8, 64), "translation": ("batch_tokens", 256, 1024)}
+# An epoch of few steps is repeated until there are so many steps, but not more than so many times.
+LEAST_STEPS = {"classification": 1000, "translation": 4000}
+MOST_EPOCHS = 60
+
+
+def has_fitted_defaults(options: SimpleNamespace) -> bool:
+    """Whether the defaults follow from the size of the data: those of other data are fixed."""
+    return options.dataset not in RECIPES and not options.workload
+
+
+def fit_batch(options: SimpleNamespace, given: dict[str, Any], n_sentences: int) -> list[str]:
+    """Sets the size of a batch, unless it was given. Returns the option, as it is written."""
+    name, least, most = BATCHES[options.task]
+    if not has_fitted_defaults(options) or BATCH_LIMITS & given.keys():
+        return []
+    size = n_sentences // 32 * (8 if name == "batch_tokens" else 1)
+    setattr(options, name, min(most, max(least, size)))
+    return [format_option(name, getattr(options, name))]
+
+
+def fit_epochs(options: SimpleNamespace, given: dict[str, Any], steps_per_epoch: int) -> list[str]:
+    """Sets epochs, warm-up and the learning rate, unless given. Returns the options changed."""
+    if not has_fitted_defaults(options):
+        return []
+    least = LEAST_STEPS[options.task]
+    fitted = {"epochs": min(MOST_EPOCHS, max(options.epochs, math.ceil(least / steps_per_epoch)))}
+    n_steps = given.get("max_steps") or given.get("epochs", fitted["epochs"]) * steps_per_epoch
+    fitted["warmup_steps"] = max(1, min(options.warmup_steps, n_steps // 8))
+    fitted = {name: value for name, value in fitted.items() if name not in given}
+    if "lr" not in given and "lr" not in RECIPES[RECIPE_OF_TASK[options.task]]:
+        warmup_steps = fitted.get("warmup_steps", options.warmup_steps)
+        options.lr = paper_lr(d_model=options.d_model, warmup_steps=warmup_steps)
+    vars(options).update(fitted)
+    return [format_option(name, value) for name, value in fitted.items()]
