@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import BadInput
-from files import MAX_LINE_BYTES, Row
+from tables import MAX_LINE_BYTES, Row
 
 if TYPE_CHECKING:  # costs a second to import, so it is imported where it is used
     from datasets import Dataset

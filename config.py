@@ -107,6 +107,13 @@ class DataConfig:
     target_column: str = option(
         "label", "column, or suffix, of the labels or translations", metavar="NAME"
     )
+    columns: str | None = option(
+        None,
+        "names of all columns, separated by commas, for files whose first line does not name them; "
+        "_ for one that is not needed",
+        unset="the first line",
+        metavar="NAMES",
+    )
     max_length: int = option(
         256, "longest sentence in tokens, including its end token", low=2, below=100_001
     )

@@ -190,7 +190,14 @@ def test_only(given: dict[str, Any], problems: list[str], signals: StopSignals) 
 def answer(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """Answers each line of a file with the model of a run folder."""
     job, _ = load_job(given, problems)
-    predict(job.predictor, job.options.predict, job.options.output if rank() == 0 else None)
+    options, names = job.options, job.options.columns
+    predict(
+        job.predictor,
+        options.predict,
+        options.output if rank() == 0 else None,
+        source_column=options.source_column,
+        names=names.split(",") if names and "columns" in given else None,
+    )
 
 
 def export_model(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:

@@ -25,8 +25,9 @@ from config import DecodingConfig
 from data import pad, plan_epoch
 from ddp_utils import broadcast_from_rank_zero, gather, rank, world_size
 from decoding import beam_search, greedy
-from files import TABLE_FORMATS, file_format, read_lines
+from files import text_of
 from kernels import packed
+from tables import TABLE_FORMATS, Row, file_format, read_lines, read_table
 from tokenization import TextCodec
 
 Answers = list[tuple[str, float]]  # labels with probabilities, or translations with scores
@@ -194,13 +195,25 @@ def live_portions(texts: Iterable[str]) -> Iterator[list[str]]:
         raise end
 
 
-def format_answers(predictor: Predictor, text: str, answers: Answers, as_json: bool) -> str:
-    """The answers to a text on one line: tab-separated with their scores, or as JSON."""
+def read_texts(name: str, source_column: str, names: list[str] | None) -> Iterator[tuple[str, Row]]:
+    """Each text of a file, and its row: of a table the source column, else each line."""
+    if name != "-" and file_format(Path(name)) in TABLE_FORMATS:
+        for place, row in read_table(Path(name), (source_column,), names):
+            yield text_of(row, source_column, place, "source")[0], row
+    else:
+        for _, line in read_lines(name):
+            text = line.rstrip("\r\n")
+            yield text, {"text": text}
+
+
+def format_answers(predictor: Predictor, row: Row, answers: Answers, as_json: bool) -> str:
+    """The answers to the text of a row on one line: tab-separated with their scores, or as JSON
+    beside what else the row has."""
     kind, score = ("label", "probability") if predictor.classes else ("translation", "score")
     has_scores = bool(predictor.classes or predictor.n_best)
     if as_json:
         rows = [{kind: a, score: round(x, 6)} if has_scores else {kind: a} for a, x in answers]
-        return json.dumps({"text": text, "answers": rows}, ensure_ascii=False)
+        return json.dumps({**row, "answers": rows}, ensure_ascii=False, default=str)
     return "\t".join(f"{a}\t{x:.4f}" if has_scores else a for a, x in answers)
 
 
@@ -220,29 +233,37 @@ def new_file(name: str | None) -> Iterator[TextIO]:
         made.unlink(missing_ok=True)
 
 
-def predict(predictor: Predictor, name: str, output: str | None = None) -> None:
-    """Prints a line in UTF-8 for each line of a file, in order; a blank one for a blank one.
+def predict(
+    predictor: Predictor,
+    name: str,
+    output: str | None = None,
+    *,
+    source_column: str = "text",
+    names: list[str] | None = None,
+) -> None:
+    """Prints a line in UTF-8 for each text of a file, in order; a blank one for a blank one.
 
-    name: the file, or "-" for standard input, whose lines are answered as they arrive.
-    output: a new file for the answers, JSON lines if it ends in .jsonl.
+    name: the file, or "-" for standard input, whose lines are answered as they arrive. output: a
+    new file for the answers, JSON lines if it ends in .jsonl. source_column: of a table. names: of
+    its columns, if no line names them.
     """
-    if file_format(Path(name)) in TABLE_FORMATS:
-        fact = "each line is read as one text, with all columns and the header"
-        print(f"warning: {name}: {fact}; give a file of texts alone", file=sys.stderr)
     set_up_output(encoding="utf-8")
     live, as_json = name == "-", bool(output and output.endswith(".jsonl"))
     if live and sys.stdin.isatty():
         print("Type a text and Enter; Ctrl-D ends.", file=sys.stderr)
-    texts = (line.rstrip("\r\n") for _, line in read_lines(name))
+    rows: deque[Row] = deque()  # read, but not answered yet
+    read = read_texts(name, source_column, names)
+    texts = (rows.append(row) or text for text, row in read)
     answers = predictor.answer_portions(live_portions(texts) if live else portions(texts))
     hidden = live or sys.stdout.isatty() or None  # a bar would break up answers on a terminal
     n_blank = n_cut = 0
     try:
         with tqdm(unit=" lines", disable=hidden, leave=False) as bar, new_file(output) as file:
-            for text, found, n_tokens in answers:
+            for _, found, n_tokens in answers:
                 n_blank += n_tokens == 0
                 n_cut += n_tokens > predictor.max_length
-                print(format_answers(predictor, text, found, as_json), file=file, flush=live)
+                row = rows.popleft() if rows else {}  # rank 0 alone has read any
+                print(format_answers(predictor, row, found, as_json), file=file, flush=live)
                 bar.update()
             file.flush()
     except BrokenPipeError:  # the reader of the answers, such as head, has seen enough

@@ -114,7 +114,7 @@ def field_names(*configs: type) -> set[str]:
 # Options that may be given when a trained model is used; the run has settled all others.
 INFERENCE_OPTIONS = {"run_dir", "device", "precision", "num_workers", *BATCH_LIMITS}
 INFERENCE_OPTIONS |= field_names(UseConfig, DecodingConfig)
-TEST_OPTIONS = {"dataset", "dataset_config", "source_column", "target_column"}
+TEST_OPTIONS = {"dataset", "dataset_config", "source_column", "target_column", "columns"}
 # Options that cannot change on --resume. The data may move: their fingerprint identifies them.
 FIXED_ON_RESUME = field_names(DataConfig, TokenizerConfig, SizeConfig, ModelConfig) | {"seed"}
 FIXED_ON_RESUME -= {"dataset", "num_workers", "dropout", "attention"}
@@ -330,9 +330,10 @@ def command_problems(given: dict[str, Any], commands: list[str]) -> list[str]:
         problems.append("--init-from and --resume: give one of the two")
     allowed = {
         "compare": {"compare", "figure", "allow_different_work"},
-        "predict": INFERENCE_OPTIONS - {"num_workers", "bleu_tokenize"},
+        "predict": (INFERENCE_OPTIONS | {"source_column", "columns"})
+        - {"num_workers", "bleu_tokenize"},
         "test_only": INFERENCE_OPTIONS | TEST_OPTIONS,
-        "export": {"run_dir", "to", "beam_size", "length_penalty", "dataset"},
+        "export": {"run_dir", "to", "beam_size", "length_penalty", *TEST_OPTIONS},
         "check_device": option_fields().keys() - {"run_dir", "overwrite"},
     }
     for command in commands[:1]:

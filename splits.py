@@ -21,17 +21,15 @@ from errors import BadInput
 from files import (
     FILE_ENDINGS,
     SPLITS,
-    Row,
-    Rows,
     check_name,
-    file_format,
     find_files,
     name_test_sets,
+    pair_of,
     read_files,
     select_columns,
-    shorten,
     splits_named,
 )
+from tables import Row, Rows, delimiter_of, file_format, shorten
 
 if TYPE_CHECKING:  # costs a second to import, so it is imported where it is used
     from datasets import Dataset
@@ -84,10 +82,14 @@ def checksum(file: Path) -> str:
         raise BadInput(f"{file}: {error.strerror}; give a file that can be read") from None
 
 
-def load_files(path: Path, columns: dict[str, str]) -> Splits:
-    """The splits of a file or folder. A changed file is read again; one that was moved is not."""
+def load_files(path: Path, columns: dict[str, str], column_names: str | None = None) -> Splits:
+    """The splits of a file or folder. A changed file is read again; one that was moved is not.
+
+    column_names: those of files without a line of names, separated by commas.
+    """
     sides = (columns["source_column"], columns["target_column"])
-    by_split, ignored = find_files(path, sides)
+    named = column_names.split(",") if column_names else None
+    by_split, ignored = find_files(path, sides, named)
     splits = Splits(notes=[f"{shorten(ignored)}: not read"] if ignored else [])
     sums = {file: checksum(file) for sets in by_split.values() for files in sets for file in files}
     tsv = [file for file in sums if file_format(file) == ".tsv"]
@@ -96,7 +98,16 @@ def load_files(path: Path, columns: dict[str, str]) -> Splits:
         names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
         quoted_alike = tsv if set(files) & set(tsv) else []
         content = [(file_format(file), sums[file]) for file in [*files, *quoted_alike]]
-        splits.add(split, names, read_files(sets, sides, quoted_alike), columns, content)
+        content += [file.parent.name for file in files if file_format(file) == ".txt"]
+        content += [named] if named else []
+        rows = read_files(sets, sides, quoted_alike, named)
+        splits.add(split, names, rows, columns, content)
+        splits.notes += [
+            f"{file.name}: the delimiter is {delimiter!r}, the only one that fits each line"
+            for file in files
+            if file_format(file) in (".csv", ".txt") and (named or file_format(file) == ".csv")
+            if (delimiter := delimiter_of(file, sides, named)) != ","
+        ]
         delimited = {".csv", ".tsv"} & set(map(file_format, files))
         if delimited and split in splits.tables and (n := count_quoted(splits.tables[split])):
             splits.notes.append(f"{shorten(names)}: {n:,} values begin and end with a quote, kept")
@@ -267,7 +278,7 @@ def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> Splits:
     check_name(name)
     try:
         path = ASSETS / name if name in embedded() else Path(name).expanduser()
-        exists = path.exists()
+        exists = path.exists() or pair_of(path, (config.source_column, config.target_column))
         asks_hub = path.is_dir() and (config_name or has_card(path))
     except (OSError, RuntimeError) as error:
         raise BadInput(f"--dataset {name}: {error}; give a file or folder that exists") from None
@@ -275,8 +286,10 @@ def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> Splits:
     if config_name and (path.is_file() or name in embedded()):
         problem = f"is for a data set of the Hub, not {name}"
         raise BadInput(f"--dataset-config {config_name}: {problem}; leave it out")
+    if config.columns and (not exists or asks_hub or name in embedded()):
+        raise BadInput(f"--columns {config.columns}: only for files of your own; leave it out")
     if exists and not asks_hub:
-        splits = load_files(path, columns)
+        splits = load_files(path, columns, config.columns)
     elif exists or is_hub_id:
         splits = load_hub(path, name, config_name, columns)
     else:

@@ -26,7 +26,8 @@ from helpers import (
 )
 
 from errors import BadInput
-from files import MAX_LINE_BYTES, SPLITS, has_quoted_fields, read_lines, select_columns
+from files import SPLITS, select_columns
+from tables import MAX_LINE_BYTES, has_quoted_fields, read_lines
 
 # ------------------------------------------------------------------------------------------ readers
 
@@ -77,6 +78,75 @@ def test_reader_gives_every_row(ending, content, expected, zipped):
     write(f"d/train-0.{ending}{zipped}", content)
     write("d/train-1.csv", csv_text(numbered(60)))  # so that each split gets something
     assert all_rows("d") == Counter(expected + numbered(60))
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_a_json_array_and_json_lines_give_every_row(ending):
+    rows = [{"text": text, "label": int(label)} for text, label in QUOTED + numbered(60)]
+    write("x.json", json.dumps(rows, indent=1) if ending == "json" else json_lines(rows))
+    assert all_rows("x.json") == Counter(AS_READ + numbered(60))
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_a_delimiter_that_alone_fits_each_line_is_used_and_named(delimiter):
+    rows = [("one, two, three", "1"), *numbered(60)]
+    write("x.csv", csv_text(rows, delimiter=delimiter))
+    assert all_rows("x.csv") == Counter(rows)
+    (note,) = load("x.csv").notes
+    assert note.startswith(f"x.csv: the delimiter is {delimiter!r}")
+
+
+@pytest.mark.parametrize("name, delimiter", [("x.csv", ","), ("x.txt", "\t"), ("x.tsv", "\t")])
+def test_columns_names_what_no_line_names(name, delimiter):
+    rows = [(label, text, "id") for text, label in numbered(60)]
+    write(name, csv_text(rows, header=rows.pop(0), delimiter=delimiter))
+    assert all_rows(name, columns="label,text,_") == Counter(numbered(60))
+    with pytest.raises(BadInput, match=r"line 1: number of fields is \d, but --columns names 2"):
+        load(name, columns="label,text")
+
+
+def test_folders_of_classes_give_a_row_for_each_file():
+    for split, n in (("train", 60), ("test", 9)):
+        for i in range(n):
+            write(f"d/{split}/{('neg', 'pos')[i % 2]}/{i}.txt", f"{split} film {i}\nfine\n")
+    write("d/train/urls_pos.txt", "x")
+    write("d/README", "x")
+    splits = load("d")
+    assert splits.notes == ["README, train/urls_pos.txt: not read"]
+    assert set(splits.tables["test"]["target"]) == {"neg", "pos"}
+    expected = [(f"train film {i} fine", ("neg", "pos")[i % 2]) for i in range(60)]
+    expected += [(f"test film {i} fine", ("neg", "pos")[i % 2]) for i in range(9)]
+    assert all_rows("d") == Counter(expected)
+
+
+@pytest.mark.parametrize("name", ["d/corpus.en", "d/corpus.de", "d/corpus"])
+def test_a_parallel_file_or_a_prefix_finds_its_partner(name):
+    pairs = [(f"e {i}", f"d {i}") for i in range(60)]
+    for side, texts in zip(("en", "de"), zip(*pairs)):
+        write(f"d/corpus.{side}" + ".gz" * (side == "de"), "\n".join(texts) + "\n")
+    write("d/other.en", "x")
+    name += ".gz" * name.endswith(".de")
+    columns = {"source_column": "en", "target_column": "de", "task": "translation"}
+    assert all_rows(name, **columns) == Counter(pairs)
+
+
+def test_two_columns_are_joined():
+    rows = [("head", f"body {i}", str(i % 2)) for i in range(60)]
+    write("x.csv", csv_text(rows, header=("title", "text", "label")))
+    expected = [(f"head ||| body {i}", str(i % 2)) for i in range(60)]
+    assert all_rows("x.csv", source_column="title+text") == Counter(expected)
+    with pytest.raises(BadInput, match=r"no column title\+missing, only title, text, label"):
+        load("x.csv", source_column="title+missing", target_column="label")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("x.xlsx", "save the sheet as CSV"), ("x.zip", "unpack it"), ("x.tmx", "a line of JSON")],
+)
+def test_what_is_out_of_scope_says_what_to_convert_to(name, words):
+    write(name, "x")
+    with pytest.raises(BadInput, match=words):
+        load(name)
 
 
 def test_parquet_gives_every_row():
@@ -309,11 +379,10 @@ FILES_REFUSED = {
         ["d.jsonl, line 1", "two fields of one name"],
     ),
     "two parquet columns of one name": ("d.parquet", TWICE_NAMED, ["two fields of one name"]),
-    "semicolons": ("d.csv", SOME.replace(b",", b";"), ["d.csv, line 1: the delimiter is ';'"]),
-    "tabs in a csv": (
+    "semicolons that do not fit each line": (
         "d.csv",
-        SOME.replace(b",", b"\t"),
-        ["line 1: the delimiter is '\\t', not ','"],
+        SOME.replace(b",", b";") + b"a;b;c\n",
+        ["d.csv, line 1: the delimiter is ';'"],
     ),
     "commas in a tsv": ("d.tsv", SOME, ["line 1: the delimiter is ',', not '\\t'"]),
     "commas and spaces": (
@@ -498,7 +567,7 @@ def test_a_file_alone_is_taken_whole_if_its_name_tells_two_splits():
     assert all_rows("train_test.csv") == Counter(numbered(60))
 
 
-@pytest.mark.parametrize("name", ["test.json", "test.txt", "notes/README.md", "link.csv"])
+@pytest.mark.parametrize("name", ["info.json", "test.txt", "notes/README.md", "link.csv"])
 def test_what_is_not_read_is_named(name):
     write("d/train.csv", csv_text(numbered(60)))
     if name == "link.csv":

@@ -184,18 +184,6 @@ def test_predict_of_an_empty_file_answers_nothing(run_copy, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_predict_warns_that_a_table_is_read_line_by_line(run_copy, capsys):
-    table = csv_bytes([("a wonderful film", "1"), ("dull", "0")])
-    write_files({"in.csv": table, "in.txt": table})
-    seen = []
-    for name in ("in.txt", "in.csv"):
-        assert main.main(["--run-dir", str(run_copy), "--predict", name]) == 0
-        seen.append(capsys.readouterr())
-    text, table = seen
-    assert text.out == table.out and text.out.count("\n") == 3
-    assert text.err == "" and table.err.startswith("warning: in.csv: each line is read as one text")
-
-
 # ----------------------------------------------------------------------------------- standard input
 
 
@@ -455,3 +443,22 @@ def test_more_answers_than_a_translator_has_are_refused(
         *options.split(),
     ]
     refuse_with(argv, words, capsys)
+
+
+def test_the_source_column_of_a_table_is_answered_beside_its_other_columns(run_copy, capsys):
+    rows = [{"id": 7, "text": "a wonderful , moving film"}, {"id": 8, "text": "dull .\nyes"}]
+    argv = ["--run-dir", run_copy, "--predict"]
+    write_files({"in.txt": b"a wonderful , moving film\ndull . yes\n"})
+    write_files({"in.json": json.dumps(rows).encode(), "in.csv": csv_bytes([("dull .", "x")])})
+    expected = run_quietly(*argv, "in.txt")
+    assert run_quietly(*argv, "in.json") == expected
+    run_quietly(*argv, "in.json", "--output", "out.jsonl")
+    found = [json.loads(line) for line in Path("out.jsonl").read_bytes().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "answers"} for row in found] == rows
+    assert [row["answers"][0]["label"] for row in found] == [x for x, _ in parse(expected)]
+    refuse_with(
+        [*argv, "in.csv", "--source-column", "review"], ["no column review", "only"], capsys
+    )
+    write_files({"bare.csv": b"7,dull .\n"})
+    bare = run_quietly(*argv, "bare.csv", "--columns", "id,text")
+    assert parse(bare)[0][0] in ("negative", "positive")
