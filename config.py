@@ -236,6 +236,9 @@ class TrainingConfig:
     """How a model is trained."""
 
     epochs: int = option(10, "passes over the training split, in total", low=1)
+    validate_every: int | None = option(
+        None, "validate within an epoch as well, each time after this many steps", low=1, unset="no"
+    )
     max_steps: int | None = option(
         None, "stop after this many steps, in total", low=1, unset="no limit"
     )

@@ -170,7 +170,7 @@ def ignore_signals(_: int) -> None:
 class TextData:
     """Splits as ids, and batches of them.
 
-    Ids are on disk and memory-mapped: memory grows by the lengths alone, 16 bytes a row.
+    Ids are memory-mapped: memory grows by the lengths alone, 16 bytes a row.
     classes: names of the labels; None for translation, where the target is text.
     """
 
@@ -314,17 +314,15 @@ class TextData:
         """Sentences and tokens of a split, and how many were not used as they are."""
         lengths, longest = self.lengths[split], self.config.max_length
         cut = "left out" if split == "train" and not self.classes else "cut"
+        n_joined = self.texts[split].data.column("line_breaks").to_numpy().sum()
         numbers = {
             "empty": (lengths == 1)[:, : 1 if self.classes else 2].any(axis=1).sum(),
             f"over {longest} tokens and {cut}": (lengths > longest).any(axis=1).sum(),
             "unknown tokens": self.rows[split].data.column("n_unknown").to_numpy().sum(),
-            "with line breaks, now spaces": self._n_line_breaks(split),
+            "with line breaks, now spaces": n_joined,
         }
         said = [f"{n:,} {what}" for what, n in numbers.items() if n]
         return ", ".join([f"{len(lengths):,} sentences", f"{lengths.sum():,} tokens", *said])
-
-    def _n_line_breaks(self, split: str) -> int:
-        return int(self.texts[split].data.column("line_breaks").to_numpy().sum())
 
     def report(self, split: str, seed: int = 0) -> str:
         """One line about a split, so that nothing is cut or left out in silence."""

@@ -20,65 +20,15 @@ from ddp_utils import (
     raise_on_all_ranks,
     rank,
     stop_agreed,
-    sum_across_ranks,
     world_size,
     wrap,
 )
 from errors import Diverged, RunFailed, Stopped, StopSignals
-from optimization import (
-    add_gradients,
-    average,
-    build_optimizer,
-    explain_out_of_memory,
-    loss_and_counts,
-    lr_at,
-    train_step,
-)
+from evaluation import evaluate_split
+from optimization import add_gradients, average, build_optimizer, lr_at, train_step
 from run_folder import RunFolder, weights_checksum
 from scoring import Evaluation, format_scores
 from step_log import StepLog, epoch_line
-
-# --------------------------------------------------------------------------------------- evaluation
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    data: TextData,
-    split: str,
-    plan: Plan | None = None,
-    *,
-    device: torch.device,
-    precision: str,
-) -> Evaluation:
-    """Scores of a model, dropout off, on a split or on some batches of it. Raises RunFailed.
-
-    Each rank has every world_size-th batch. The sums of all batches are added in the order of the
-    plan, so any number of processes gives the same digits.
-    """
-    model.eval()
-    plan = plan or data.plan(split)
-    own = range(rank(), len(plan), world_size())
-    sums = torch.zeros(len(plan), 2, device=device)
-    n_classes = len(data.classes or ())
-    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
-
-    def loss(X: Tensor, output: nn.Module) -> Tensor:
-        if data.classes:
-            pairs = (batch.tgt_out[:, 0].cpu(), output(X)[:, 0].argmax(dim=-1).cpu())  # (b), (b)
-            confusion.index_put_(pairs, torch.tensor(1), accumulate=True)
-        return torch.stack(loss_and_counts(X, output, batch.tgt_out, label_smoothing=0.0)[1:])
-
-    for i, batch in zip(own, data.load(split, [plan[i] for i in own], device)):
-        with explain_out_of_memory(batch), autocast(precision, device):
-            sums[i] = model(batch.src, batch.tgt_in, loss)
-    nll, n_correct = sum_across_ranks(sums).cpu().double().sum(dim=0).tolist()
-    confusion = sum_across_ranks(confusion).numpy() if data.classes else None
-    n_targets = int(data.sizes(split, plan).n_targets.sum())
-    return Evaluation(nll / n_targets, n_correct / n_targets, confusion)
-
-
-# ---------------------------------------------------------------------------------------- training
 
 
 class Trainer:
@@ -238,7 +188,7 @@ class Trainer:
     def evaluate(self, plan: Plan | None = None) -> Evaluation:
         """The model on the validation split, or on some of its batches."""
         where = {"device": self.device, "precision": self.precision}
-        return evaluate(self.model, self.data, "validation", plan, **where)
+        return evaluate_split(self.model, self.data, "validation", plan, **where)
 
     def train_epoch(self) -> None:
         """The remaining steps of the epoch. Raises Stopped and Diverged."""
@@ -259,9 +209,13 @@ class Trainer:
                 state.step += 1
                 state.n_micro_batches += step.n_micro_batches
                 log.add(state.step, lr, step, sums)
-                if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                saves = state.step % (config.checkpoint_every or math.inf) == 0
+                validates = state.step % (config.validate_every or math.inf) == 0
+                if saves or validates:
                     state.seconds += synchronized_time(self.device) - began
                     log.flush()
+                    if validates and step is not steps[-1]:  # the epoch's end has its own
+                        self.validate_within_epoch()
                     self.save()
                     log.restart_clock()
                     began = synchronized_time(self.device)
@@ -309,15 +263,33 @@ class Trainer:
         say(*lines)
         raise_if_stopped(self.signals)
 
-    def keep_weights(self, result: Evaluation) -> bool:
-        """Saves the weights if they are the best, and keeps them for averaging."""
+    def validate_within_epoch(self) -> None:
+        """Validates and logs; saves the best weights, unless epochs are averaged."""
+        state, result = self.state, self.evaluate()
+        self.runner.train()
+        if not math.isfinite(result.loss):
+            return  # the loss of a training step says so, and where
+        is_better = self.config.average_checkpoints == 1 and self.save_best(result)
+        if rank() == 0:
+            scores = {f"validation_{name}": value for name, value in result.scores.items()}
+            self.folder.log(event="validation", step=state.step, epoch=state.epoch, **scores)
+        scores = format_scores(result.scores, "loss", "accuracy")
+        say(f"step {state.step}: validation {scores}{', best' * is_better}")
+
+    def save_best(self, result: Evaluation) -> bool:
+        """Saves the weights if no validation was better. Returns whether that is so."""
         state, is_better = self.state, not self.state.best_epoch or result.rank > self.state.best
         if is_better:
             state.best, state.best_epoch = result.rank, state.epoch
-        if rank() == 0:
-            if is_better:
+            if rank() == 0:
                 state.best_checksum = self.folder.save_weights(self.model)
-            is_whole = state.n_micro_batches == self.n_plan
+        return is_better
+
+    def keep_weights(self, result: Evaluation) -> bool:
+        """Saves the weights if they are the best, and keeps them for averaging."""
+        is_better = self.save_best(result)
+        if rank() == 0:
+            is_whole = self.state.n_micro_batches == self.n_plan
             self.kept.add(self.model, is_better=is_better, is_whole_epoch=is_whole)
         return is_better
 

@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 from comp_utils import say
 from data import TextData
 from ddp_utils import rank
+from evaluation import evaluate_split
 from figures import draw_attention, draw_confusion, picture
 from jobs import Job
-from procedures import Trainer, evaluate
+from procedures import Trainer
 from run_folder import RunFolder
 from scoring import Evaluation, comparable, format_sample, format_scores, translation_scores
 from splits import kind_of
@@ -55,7 +56,7 @@ def score_split(job: Job, folder: RunFolder, split: str, *, is_drawn: bool, **fa
     """Scores of a test set, and a picture: scores are safe before anything is drawn."""
     data, predictor, name = job.data, job.predictor, job.options.dataset
     where = {"device": job.device, "precision": job.options.precision}
-    result = evaluate(job.model, data, split, **where)
+    result = evaluate_split(job.model, data, split, **where)
     scores, n, sources, hypotheses = result.scores, len(data.texts[split]), [], []
     if not data.classes:
         rows = data.texts[split][:]

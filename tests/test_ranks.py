@@ -360,14 +360,14 @@ def test_a_stopped_run_of_two_machines_says_what_to_do_on_each(corpora):
 
 
 def signals_itself_in_validation() -> None:
-    evaluate = procedures.evaluate
+    evaluate = procedures.evaluate_split
 
     def evaluated(model, data, split, plan=None, **where):
         if plan is None and is_mine():  # else it is the warm-up
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model, data, split, plan, **where)
 
-    procedures.evaluate = evaluated
+    procedures.evaluate_split = evaluated
 
 
 @pytest.mark.parametrize("rank", [0, 1])

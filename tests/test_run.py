@@ -41,7 +41,7 @@ import settings
 from checkpoints import TrainingState
 from components import FORMS
 from errors import RunFailed
-from scoring import format_scores
+from scoring import Evaluation, format_scores
 
 RUN_FILES = {
     "config.json",
@@ -122,7 +122,7 @@ def test_the_epoch_of_the_best_validation_is_kept_and_tested(train, monkeypatch)
     half_right = (0.5, np.ones((2, 2), int))
     worse = iter([half_right, (1.0, np.diag([9, 9])), half_right, half_right])  # first: warm-up
     monkeypatch.setattr(
-        procedures, "evaluate", lambda *args, **kwargs: procedures.Evaluation(1.0, *next(worse))
+        procedures, "evaluate_split", lambda *args, **kwargs: Evaluation(1.0, *next(worse))
     )
     run = train("run", *constant, "--epochs", 3)
     weights = "best.safetensors"
@@ -558,3 +558,26 @@ def test_weights_of_another_model_are_refused(finished, slice_of_reviews, capsys
             argv += ["--dataset", slice_of_reviews]
         refuse_with(argv, words, capsys)
     refuse_with(["--init-from", "nowhere"], ["--init-from nowhere", "no such run"], capsys)
+
+
+# --------------------------------------------------------------------- validation within an epoch
+
+
+def test_validation_within_an_epoch_keeps_the_best_weights(train):
+    options = ("--epochs", 2, "--average-checkpoints", 1)
+    plain, often = train("plain", *options), train("often", *options, "--validate-every", 3)
+    assert losses(often) == losses(plain)  # training is the same
+    within = events(often, "validation")
+    assert [event["step"] for event in within][:2] == [3, 6]
+    ranks = [
+        (e["validation_macro_f1"], -e["validation_loss"])
+        for e in (*within, *events(often, "epoch"))
+    ]
+    out = run_quietly("--run-dir", often, "--test-only")
+    assert "test of" in out and max(ranks) >= max(ranks[len(within) :])
+
+    train("broken", *options, "--validate-every", 3, "--max-steps", 4)
+    out = run_quietly("--resume", "--run-dir", "broken", "--max-steps", 10**6)
+    best = [Path(run, "best.safetensors").read_bytes() for run in ("broken", "often")]
+    assert best[0] == best[1]
+    assert events("broken", "validation") == within

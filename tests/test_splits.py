@@ -532,3 +532,13 @@ def test_json_lines_of_the_same_rows_are_the_same_data_as_csv():
     write("x.csv", csv_text(numbered(60)))
     write("x.jsonl", json_lines([{"text": t, "label": int(x)} for t, x in numbered(60)]))
     assert rows_of("x.csv") == rows_of("x.jsonl")
+
+
+def test_a_cut_split_stops_growing(monkeypatch):
+    write("x.csv", csv_text(numbered(1000)))
+    tenths = {split: set(table["source"]) for split, table in load("x.csv").tables.items()}
+    monkeypatch.setattr("splits.MOST_CUT", 20)
+    capped = {split: set(table["source"]) for split, table in load("x.csv").tables.items()}
+    for split in ("validation", "test"):
+        assert 10 <= len(capped[split]) <= 30 and capped[split] < tenths[split]
+    assert set.union(*capped.values()) == set.union(*tenths.values())

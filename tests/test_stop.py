@@ -66,7 +66,7 @@ def signal_in(module, name: str, patch, signum: int) -> None:
     "signum, module, name",
     [
         (signal.SIGINT, procedures, "train_step"),
-        (signal.SIGTERM, procedures, "evaluate"),  # the second epoch's validation
+        (signal.SIGTERM, procedures, "evaluate_split"),  # the second epoch's validation
         (signal.SIGINT, predict, "greedy"),
         (signal.SIGTERM, reports, "draw_attention"),
     ],
