@@ -228,10 +228,18 @@ def draw_epoch_times(records: list[Record], work: str, path: Path) -> None:
     n_measured = sum(not r.get("published") for r in rows)
     headings = {0: "measured with rhea", n_measured: "published by others"}
     headings = headings if 0 < n_measured < len(rows) else {}
+    others = [i for i, r in enumerate(rows) if "other_work" in r and not r.get("published")]
+    if len({rows[i]["other_work"] for i in others}) == 1:  # then they have a heading in common
+        headings[others[0]] = f"other work: {rows[others[0]]['other_work']}"
+        prefix = headings[others[0]]
+        names = [(name, way.removeprefix(prefix).removeprefix(", ")) for name, way in names]
     logarithmic = max(medians) > 20 * min(medians)
-    height = 1.7 + 0.42 * (len(rows) + len(headings))  # inches, 1.0 of them for the title
+    lines = [work, f"all measured: {', '.join(shared)}"] if shared else [work]
+    lines = [part for line in lines for part in textwrap.wrap(line, 64)]
+    top = 0.6 + 0.2 * len(lines)  # inches, for the title
+    height = 0.7 + top + 0.42 * (len(rows) + len(headings))
     figure = Figure(figsize=(7.2, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0.01, 0, 0.97, 1 - 1.0 / height))
+    figure.get_layout_engine().set(rect=(0.01, 0, 0.97, 1 - top / height))
     axes, labels = figure.subplots(), []
     for i, (r, (machine, way)) in enumerate(zip(rows, names)):
         labels += [headings[i]] if i in headings else []
@@ -253,9 +261,8 @@ def draw_epoch_times(records: list[Record], work: str, path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("seconds per epoch" + (", log scale" if logarithmic else ""), fontsize=12)
     figure.text(0.02, 1 - 0.1 / height, "One training epoch", fontsize=17, weight="bold", va="top")
-    lines = [work, f"all measured: {', '.join(shared)}"] if shared else [work]
     subtitle = "\n".join(drawable(lines, 100))
-    figure.text(0.02, 1 - 0.45 / height, subtitle, color=GREY, va="top", fontsize=10.5)
+    figure.text(0.02, 1 - 0.45 / height, subtitle, color=GREY, va="top", fontsize=12)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
