@@ -340,6 +340,11 @@ class UseConfig:
     def problems(self) -> list[str]:
         """What cannot work, a line each."""
         problems = []
+        if self.predict not in (None, "-"):
+            path = Path(self.predict)
+            if path.is_dir() or not path.exists():
+                found = "a folder" if path.is_dir() else "no such file"
+                problems.append(f"--predict {path}: {found}; give a file, or - for standard input")
         if self.output and Path(self.output).exists():
             problems.append(f"--output {self.output}: exists; give a new name, or remove it")
         if self.n_best and self.all_probabilities:
@@ -357,8 +362,9 @@ class MeasureConfig:
     )
     workload: str | None = option(
         None,
-        "fixed settings for comparing machines: original, 6+6 layers of 16/64 on reviews padded to "
-        "512 tokens; reviews and translation, the defaults of the embedded data sets",
+        "fixed settings for comparing machines: original, 6+6 layers of d-model 16 and d-ff 64 on "
+        "reviews padded to 512 tokens; reviews and translation, the defaults of the embedded data "
+        "sets",
         choices=("original", "reviews", "translation"),
     )
     check_device: bool = option(

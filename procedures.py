@@ -199,7 +199,7 @@ class Trainer:
         n_done = self.steps_of(state.n_micro_batches)
         progress = Progress(f"epoch {state.epoch}/{config.epochs}", n_done + len(steps), n_done)
         log = StepLog(self.folder if rank() == 0 else None, progress, state)
-        flag = None
+        n_signals = None  # received by all ranks before the step before: read when it has arrived
         self.runner.train()
         began = synchronized_time(self.device)
         with self.signals.held(), log.opened():
@@ -219,9 +219,9 @@ class Trainer:
                     self.save()
                     log.restart_clock()
                     began = synchronized_time(self.device)
-                if stop_agreed(self.signals.received, flag):
+                if stop_agreed(self.signals.received, n_signals):
                     break
-                flag = sums[2]
+                n_signals = sums[2]
             state.seconds += synchronized_time(self.device) - began
             log.flush()
             raise_if_stopped(self.signals)

@@ -352,6 +352,7 @@ def test_sample_translations_never_stop_a_run_on_a_narrow_screen(monkeypatch):
     "option", ["--num-workers 2", "--bleu-tokenize char", "--beam-size 2", "--length-penalty 1.0"]
 )
 def test_an_option_without_effect_is_refused(option, run_copy, capsys):
+    write_files({"in.txt": b"a\n"})
     argv = ["--run-dir", str(run_copy), "--predict", "in.txt", *option.split()]
     refuse_with(argv, [f"{option}: ", "leave it out"], capsys)
 
