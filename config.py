@@ -68,6 +68,12 @@ class RunConfig:
     )
     compile: bool = option(False, "compile the model with torch.compile before training")
     seed: int = option(0, "seed of weights, dropout and batch order", low=0, below=2**63)
+    seeds: str | None = option(
+        None,
+        "train a run for each of these seeds, such as 0-4 or 0,3,7, in folders of --run-dir, and "
+        "print the mean and standard deviation of their test scores",
+        unset="one run, with --seed",
+    )
     run_dir: str | None = option(
         None,
         "folder of the run; needed to use or to resume one",

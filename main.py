@@ -60,10 +60,10 @@ from measure import benchmark, check_device, device_report, record_in_words
 from predict import predict
 from procedures import Trainer
 from records import append_command, as_record, compare
-from reports import curve_marks, drawing, epoch_seconds, inspect, test, test_splits
+from reports import curve_marks, drawing, epoch_seconds, inspect, seeds_in_words, test, test_splits
 from run_folder import RunFolder
 from scoring import warn_if_not_reversible
-from settings import COMMANDS, WORKLOADS, command_problems, extract_config, parse_args
+from settings import COMMANDS, WORKLOADS, command_problems, extract_config, parse_args, parse_seeds
 from splits import check_labels, load_splits
 
 # ----------------------------------------------------------------------------------- train and test
@@ -157,6 +157,24 @@ def finish_run(job: Job, trainer: Trainer, folder: RunFolder, signals: StopSigna
                 draw_curves(folder.read_metrics(), out, title, **curve_marks(job, trainer))
     if rank() == 0:
         say(epoch_seconds(folder), f"run folder: {folder.path}")
+
+
+def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
+    """A run for each seed, in folders of --run-dir; one that is there is resumed, or is done."""
+    given, root = dict(given), Path(given["run_dir"]).expanduser()
+    seeds, tests = parse_seeds(given.pop("seeds")), []
+    for seed in seeds:
+        folder = RunFolder(root / f"seed-{seed}")
+        own = {**given, "run_dir": str(folder.path)}
+        say(f"seed {seed}")
+        if broadcast_from_rank_zero((folder.path / folder.LAST).is_file):
+            resume({**own, "resume": True}, [*problems], signals)
+        else:
+            train_and_test({**own, "seed": seed}, [*problems], signals)
+        if rank() == 0:
+            tests.append([m for m in folder.read_metrics() if m["event"] == "test"][-1])
+    if rank() == 0:
+        say(*seeds_in_words(seeds, tests))
 
 
 def resume_command(folder: RunFolder) -> str:
@@ -276,10 +294,12 @@ def run(given: dict[str, Any], problems: list[str], signals: StopSignals) -> Non
     commands = [name for name in COMMANDS if name in given]
     found = command_problems(given, commands)
     with raise_on_all_ranks():
-        if found or commands or "resume" in given:  # a new run has more to check first
+        if found or commands or {"resume", "seeds"} & given.keys():  # a new run has more to check
             raise_problems([*problems, *found])
     if "resume" in given:
         resume(given, problems, signals)
+    elif "seeds" in given:
+        train_seeds(given, problems, signals)
     elif commands:
         COMMAND_FUNCTIONS[commands[0]](given, problems, signals)
     else:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import typing
 from dataclasses import asdict, fields
 from itertools import chain
@@ -324,6 +325,11 @@ def command_problems(given: dict[str, Any], commands: list[str]) -> list[str]:
         for name in names
         if name in given and command not in given
     ]
+    if "seeds" in given:
+        others = [format_flag(name) for name in (*commands, "resume", "seed") if name in given]
+        problems += [f"--seeds and {flag}: give one of the two" for flag in others]
+        if "run_dir" not in given:
+            problems.append("--seeds: name the folder of the runs with --run-dir")
     if "export" in given and "to" not in given:
         problems.append(f"--export {given['export']}: name the new folder with --to")
     if "init_from" in given and "resume" in given:
@@ -343,6 +349,15 @@ def command_problems(given: dict[str, Any], commands: list[str]) -> list[str]:
             if name not in allowed.get(command, given) and name not in ("resume", *commands)
         ]
     return problems
+
+
+def parse_seeds(text: str) -> list[int]:
+    """0-4 or 0,3,7 -> the seeds. Raises BadInput."""
+    parts = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip()) for part in text.split(",")]
+    if not all(parts):
+        raise BadInput(f"--seeds {text}: give numbers, such as 0-4 or 0,3,7")
+    seeds = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts]
+    return list(dict.fromkeys(chain.from_iterable(seeds)))
 
 
 def saved_options(config: dict[str, Any], path: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -581,3 +582,33 @@ def test_validation_within_an_epoch_keeps_the_best_weights(train):
     best = [Path(run, "best.safetensors").read_bytes() for run in ("broken", "often")]
     assert best[0] == best[1]
     assert events("broken", "validation") == within
+
+
+# ---------------------------------------------------------------------------------- several seeds
+
+
+def test_seeds_are_trained_each_and_summed_up(slice_of_reviews, finished):
+    argv = [*TINY, "--dataset", slice_of_reviews, "--run-dir", "r"]
+    out = run_quietly(*argv, "--seeds", "0,2-3")
+    tests = [events(f"r/seed-{seed}", "test")[-1] for seed in (0, 2, 3)]
+    values = [100 * test["accuracy"] for test in tests]
+    mean, sd = statistics.mean(values), statistics.stdev(values)
+    each = ", ".join(f"{value:.2f}" for value in values)
+    assert f"accuracy: {mean:.2f}, {sd:.2f} ({each})" in out.splitlines()
+    assert without_times("r/seed-0") == without_times(finished[0])
+    again = run_quietly(*argv, "--seeds", "0,2-3")
+    assert again.splitlines()[-3:] == out.splitlines()[-3:]
+    assert len(events("r/seed-0", "test")) == 1  # a finished run is not repeated
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--seeds x --run-dir r", ["--seeds x", "such as 0-4"]),
+        ("--seeds 0-1", ["--seeds", "--run-dir"]),
+        ("--seeds 0-1 --seed 1 --run-dir r", ["--seeds and --seed"]),
+        ("--seeds 0-1 --resume --run-dir r", ["--seeds and --resume"]),
+    ],
+)
+def test_seeds_that_cannot_be_trained_are_refused(options, words, capsys):
+    refuse_with(options.split(), words, capsys)
