@@ -351,8 +351,10 @@ class UseConfig:
             if path.is_dir() or not path.exists():
                 found = "a folder" if path.is_dir() else "no such file"
                 problems.append(f"--predict {path}: {found}; give a file, or - for standard input")
-        if self.output and Path(self.output).exists():
+        if self.output and Path(self.output).expanduser().exists():
             problems.append(f"--output {self.output}: exists; give a new name, or remove it")
+        elif self.output and not Path(self.output).expanduser().parent.is_dir():
+            problems.append(f"--output {self.output}: its folder does not exist; create it")
         if self.n_best and self.all_probabilities:
             problems.append("--n-best and --all-probabilities: give one of the two")
         return problems

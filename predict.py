@@ -25,6 +25,7 @@ from config import DecodingConfig
 from data import pad, plan_epoch
 from ddp_utils import broadcast_from_rank_zero, gather, rank, world_size
 from decoding import beam_search, greedy
+from errors import BadInput
 from files import text_of
 from kernels import packed
 from tables import TABLE_FORMATS, Row, file_format, read_lines, read_table
@@ -212,6 +213,8 @@ def format_answers(predictor: Predictor, row: Row, answers: Answers, as_json: bo
     kind, score = ("label", "probability") if predictor.classes else ("translation", "score")
     has_scores = bool(predictor.classes or predictor.n_best)
     if as_json:
+        if "answers" in row:
+            raise BadInput("--output: the rows have a column answers already; rename it")
         rows = [{kind: a, score: round(x, 6)} if has_scores else {kind: a} for a, x in answers]
         return json.dumps({**row, "answers": rows}, ensure_ascii=False, default=str)
     return "\t".join(f"{a}\t{x:.4f}" if has_scores else a for a, x in answers)

@@ -418,6 +418,11 @@ def test_output_is_complete_or_does_not_exist(run_copy, monkeypatch, capsys):
         [*argv, "in.txt", "--output", "there.txt"], ["--output there.txt", "exists"], capsys
     )
     assert Path("there.txt").read_bytes() == b"mine"
+    folder = ["in.txt", "--output", "nowhere/a.txt"]
+    refuse_with([*argv, *folder], ["--output nowhere/a.txt", "folder does not exist"], capsys)
+    write_files({"in.jsonl": b'{"text": "a", "answers": 1}\n'})
+    taken = ["in.jsonl", "--output", "new.jsonl"]
+    refuse_with([*argv, *taken], ["a column answers already", "rename"], capsys)
     monkeypatch.setattr(predict, "PORTION", 1)
     assert main.main([*map(str, argv), "bad.txt", "--output", "new.txt"]) == 2
     assert not Path("new.txt").exists() and not Path("new.txt.part").exists()
