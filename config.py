@@ -148,6 +148,9 @@ class DataConfig:
             lines.append(f"--batch-tokens {tokens}: {remedy}")
         if self.pad_to and self.pad_to < longest:
             lines.append(f"--pad-to {self.pad_to}: {remedy}")
+        names = [name for name in (self.columns or "").split(",") if name != "_"]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            lines.append(f"--columns {self.columns}: {twice} is there twice; rename one, or give _")
         return lines
 
 

@@ -24,8 +24,10 @@ def fit_batch(options: SimpleNamespace, given: dict[str, Any], n_sentences: int)
     name, least, most = BATCHES[options.task]
     if not has_fitted_defaults(options) or BATCH_LIMITS & given.keys():
         return []
-    size = n_sentences // 32 * (8 if name == "batch_tokens" else 1)
-    setattr(options, name, min(most, max(least, size)))
+    size = n_sentences // 32
+    if name == "batch_tokens":  # which must hold the longest sentence
+        size, least = 8 * size, max(least, options.max_length)
+    setattr(options, name, max(least, min(most, size)))
     return [format_option(name, getattr(options, name))]
 
 

@@ -357,7 +357,10 @@ def parse_seeds(text: str) -> list[int]:
     if not all(parts):
         raise BadInput(f"--seeds {text}: give numbers, such as 0-4 or 0,3,7")
     seeds = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts]
-    return list(dict.fromkeys(chain.from_iterable(seeds)))
+    found = list(dict.fromkeys(chain.from_iterable(seeds)))
+    if not found:
+        raise BadInput(f"--seeds {text}: no seed; give the smaller number first")
+    return found
 
 
 def saved_options(config: dict[str, Any], path: Any) -> dict[str, Any]:

@@ -248,6 +248,8 @@ def read_table(
     form = file_format(path)
     readers = {".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet}
     if form in readers:
+        if names:
+            raise BadInput(f"--columns: {path} names its columns itself; leave it out")
         return readers[form](path)
     delimiter = "\t" if form == ".tsv" else delimiter_of(path, columns, names)
     return read_delimited(path, delimiter, form != ".tsv" or quoted, columns, names)

@@ -25,6 +25,7 @@ from helpers import (
     write_parquet,
 )
 
+from config import DataConfig
 from errors import BadInput
 from files import SPLITS, select_columns
 from tables import MAX_LINE_BYTES, has_quoted_fields, read_lines
@@ -103,6 +104,11 @@ def test_columns_names_what_no_line_names(name, delimiter):
     assert all_rows(name, columns="label,text,_") == Counter(numbered(60))
     with pytest.raises(BadInput, match=r"line 1: number of fields is \d, but --columns names 2"):
         load(name, columns="label,text")
+    assert DataConfig(columns="_,text,_").problems() == []
+    assert "text is there twice" in DataConfig(columns="text,text").problems()[0]
+    write("x.jsonl", json_lines([{"text": "a", "label": 1}]))
+    with pytest.raises(BadInput, match=r"x\.jsonl names its columns itself"):
+        load("x.jsonl", columns="text,label")
 
 
 def test_folders_of_classes_give_a_row_for_each_file():

@@ -27,6 +27,10 @@ def test_a_batch_is_a_32nd_of_the_data_within_bounds(n, size):
     assert translator["batch_tokens"] == min(1024, max(256, n // 32 * 8))
 
 
+def test_a_batch_holds_the_longest_sentence():
+    assert fitted(100, 10, task="translation", max_length=700)["batch_tokens"] == 700
+
+
 def test_short_epochs_are_repeated_until_there_are_enough_steps():
     assert [fitted(100, n)["epochs"] for n in (1, 20, 100, 5000)] == [60, 50, 10, 8]
     assert [fitted(100, n)["warmup_steps"] for n in (1, 5, 100)] == [7, 37, 100]

@@ -605,6 +605,7 @@ def test_seeds_are_trained_each_and_summed_up(slice_of_reviews, finished):
     "options, words",
     [
         ("--seeds x --run-dir r", ["--seeds x", "such as 0-4"]),
+        ("--seeds 4-2 --run-dir r", ["--seeds 4-2", "the smaller number first"]),
         ("--seeds 0-1", ["--seeds", "--run-dir"]),
         ("--seeds 0-1 --seed 1 --run-dir r", ["--seeds and --seed"]),
         ("--seeds 0-1 --resume --run-dir r", ["--seeds and --resume"]),
