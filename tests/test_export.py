@@ -21,7 +21,7 @@ TRANSLATOR = ("--epochs", "40", "--warmup-steps", "20", "--beam-size", "3")
 
 def needs(name: str):
     missing = [p for p in export.PACKAGES[name] if not find_spec(p)]
-    reason = f"{', '.join(missing)} not installed; see tests/requirements-export.txt"
+    reason = f"{', '.join(missing)} not installed; see tests/requirements.txt"
     return pytest.mark.skipif(bool(missing), reason=reason)
 
 
