@@ -73,6 +73,7 @@ class RunConfig:
         "train a run for each of these seeds, such as 0-4 or 0,3,7, in folders of --run-dir, and "
         "print the mean and standard deviation of their test scores",
         unset="one run, with --seed",
+        metavar="LIST",
     )
     run_dir: str | None = option(
         None,
@@ -106,8 +107,8 @@ class DataConfig:
     )
     source_column: str = option(
         "text",
-        "column of the texts to classify or translate; a.b for field b of column a; for parallel "
-        "files, their suffix",
+        "column of the texts to classify or translate; a.b for field b of column a, a+b for two "
+        "columns joined; for parallel files, their suffix",
         metavar="NAME",
     )
     target_column: str = option(
@@ -327,7 +328,10 @@ class UseConfig:
 
     test_only: bool = option(False, "test the model of --run-dir")
     predict: str | None = option(
-        None, "file to classify or translate line by line; - is standard input", metavar="FILE"
+        None,
+        "file to classify or translate, line by line or of a table --source-column; - is standard "
+        "input",
+        metavar="FILE",
     )
     n_best: int | None = option(
         None, "answer with the N most probable labels or translations and their scores", low=1

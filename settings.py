@@ -169,8 +169,9 @@ def build_parser(groups: Groups = GROUPS) -> Parser:
         usage="%(prog)s [options]",
         description="Trains and tests the Transformer of Attention Is All You Need. Without "
         "options: on embedded movie reviews, on the best device of this machine. The defaults "
-        f"below are those of {DataConfig.dataset} and of your own labelled sentences; "
-        "libreoffice_help and --task translation have others, which config.json of a run lists.",
+        f"below are those of {DataConfig.dataset}; libreoffice_help and --task translation have "
+        "others, and for your own data --batch-size, --epochs and --warmup-steps follow from its "
+        "size. config.json of a run lists all.",
         epilog=EXAMPLES,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=100),
         argument_default=argparse.SUPPRESS,
