@@ -329,8 +329,7 @@ class UseConfig:
     test_only: bool = option(False, "test the model of --run-dir")
     predict: str | None = option(
         None,
-        "file to classify or translate, line by line or of a table --source-column; - is standard "
-        "input",
+        "file of lines, or a table, to classify or translate; - is standard input",
         metavar="FILE",
     )
     n_best: int | None = option(
