@@ -51,7 +51,7 @@ from settings import (
     resolve,
     saved_options,
 )
-from splits import Splits, check_labels, class_names, embedded, load_splits
+from splits import Splits, check_labels, class_names, embedded, largest_class, load_splits
 from tokenization import TextCodec, as_codec, get_tokenizer, read_tokenizer
 
 Inspect = Callable[[int], tuple[dict[str, float], list[str]]]  # see Trainer
@@ -235,7 +235,9 @@ def say_facts(job: Job, folder: RunFolder | None) -> None:
     """What a run is about to do. folder: None if nothing will be written."""
     options, data, facts = job.options, job.data, job.facts
     classes, n = data.classes, facts["threads"]
-    targets = ", ".join(c[:20] for c in classes[:10]) if classes else options.target_column
+    targets = options.target_column
+    if classes:
+        targets = f"{', '.join(c[:20] for c in classes[:10])}; {largest_class(data.texts['train'])}"
     processes = f"{facts['processes']} processes of " if facts["processes"] > 1 else ""
     say(
         f"{facts['device_name']} ({facts['device']}), {processes}{n} thread{'s' * (n != 1)}, "

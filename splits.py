@@ -328,6 +328,13 @@ def class_names(tables: dict[str, "Dataset"]) -> list[str]:
     return names
 
 
+def largest_class(table: "Dataset") -> str:
+    """The most frequent label and its share, which a model reaches that always gives it."""
+    counts = table.data.column("target").value_counts().to_pylist()
+    largest = max(counts, key=lambda count: count["counts"])
+    return f"most frequent {largest['values'][:20]}, {largest['counts'] / len(table):.1%}"
+
+
 def several_in_one(labels: list[str]) -> str:
     """A hint if labels look like lists of labels."""
     lists = [label for label in labels if re.search("[,;|]", label)]

@@ -32,7 +32,7 @@ from cache import is_intact
 from config import ASSETS, DataConfig
 from errors import BadInput
 from files import SPLITS
-from splits import check_labels, class_names, cut_missing, load_splits, share_of
+from splits import check_labels, class_names, cut_missing, largest_class, load_splits, share_of
 
 # --------------------------------------------------------------------------------- files to splits
 
@@ -542,3 +542,10 @@ def test_a_cut_split_stops_growing(monkeypatch):
     for split in ("validation", "test"):
         assert 10 <= len(capped[split]) <= 30 and capped[split] < tenths[split]
     assert set.union(*capped.values()) == set.union(*tenths.values())
+
+
+def test_the_share_of_the_largest_class_is_told():
+    write("x.csv", csv_text([(f"a {i}", "yes" if i % 10 else "no") for i in range(200)]))
+    table = load("x.csv").tables["train"]
+    share = table["target"][:].count("yes") / len(table)
+    assert largest_class(table) == f"most frequent yes, {share:.1%}" and share > 0.8
