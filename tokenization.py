@@ -5,19 +5,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from cache import cache_folder
+from cache import Table, cache_folder
 from config import ASSETS, TokenizerConfig
 from errors import BadInput
 from splits import without_network
-
-if TYPE_CHECKING:  # costs a second to import, so it is imported where it is used
-    from datasets import Dataset
-
 
 MAX_TOKENIZER_BYTES = 100_000_000  # the largest in use have some 20 million
 
@@ -154,7 +149,7 @@ def trains_tokenizer(config: TokenizerConfig, dataset: str) -> bool:
 
 
 def get_tokenizer(
-    config: TokenizerConfig, dataset: str, train: "Dataset", columns: Sequence[str]
+    config: TokenizerConfig, dataset: str, train: Table, columns: Sequence[str]
 ) -> TextCodec:
     """The tokenizer asked for; else that of an embedded data set; else one trained on columns."""
     if trains_tokenizer(config, dataset):
