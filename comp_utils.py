@@ -221,7 +221,7 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-DIGEST_VERSION = 2  # increase it when rows, ids or plans are made in another way than before
+DIGEST_VERSION = 2  # increase it when rows, tokenizers, ids or plans are made in another way
 
 
 def digest(*parts: Any) -> str:

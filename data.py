@@ -282,9 +282,11 @@ class TextData:
 
     def counts(self, split: str) -> str:
         """Sentences and tokens of a split, and how many were not used as they are."""
+        from pyarrow import compute
+
         lengths, longest = self.rows[split].lengths, self.config.max_length
         cut = "left out" if split == "train" and not self.classes else "cut"
-        n_joined = self.texts[split].data.column("line_breaks").to_numpy().sum()
+        n_joined = compute.sum(self.texts[split].data.column("line_breaks")).as_py()
         numbers = {
             "empty": (lengths == 1)[:, : 1 if self.classes else 2].any(axis=1).sum(),
             f"over {longest} tokens and {cut}": (lengths > longest).any(axis=1).sum(),

@@ -464,12 +464,12 @@ def test_a_worker_is_sent_the_name_of_the_file_not_its_rows(word_codec):
     )
 
 
-# Loads the default data, and prints what it should not need.
+# Loads and reports the default data, and prints what that should not need.
 WARM_START = """
 import sys
 from jobs import load_data
 from settings import resolve
-load_data(resolve({}))
+load_data(resolve({}))[0].report("train")
 print(sorted({"datasets", "pandas", "torch._inductor"} & sys.modules.keys()))
 """
 
