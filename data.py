@@ -5,20 +5,18 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache import cached_table
+from cache import Table
 from comp_utils import digest
 from config import DataConfig
 from errors import BadInput, RunFailed
+from ids import encode
 from tokenization import TextCodec
-
-if TYPE_CHECKING:  # takes a second to import, so it is imported where it is used
-    from datasets import Dataset
 
 NO_TARGET = -100  # tgt_out where nothing is predicted; 0 is a class like any other
 NO_ROWS = np.empty(0, dtype=np.int64)  # stands for a dummy batch in a plan
@@ -155,9 +153,10 @@ def batch_of_arrays(
 
 def pad(rows: Sequence[Sequence[int]], value: int, width: int = 0) -> Tensor:
     """Rows of unequal length as one tensor (b, max(width, longest)), padded on the right."""
-    ids = np.full((len(rows), max(width, *map(len, rows))), value, dtype=np.int64)
-    for line, row in zip(ids, rows):
-        line[: len(row)] = row
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    ids = np.full((len(rows), max(width, lengths.max())), value, dtype=np.int64)
+    here = np.arange(ids.shape[1]) < lengths[:, None]  # (b, l)
+    ids[here] = np.concatenate(rows, dtype=np.int64, casting="unsafe")  # an empty list is of floats
     return torch.from_numpy(ids)
 
 
@@ -170,14 +169,14 @@ def ignore_signals(_: int) -> None:
 class TextData:
     """Splits as ids, and batches of them.
 
-    Ids are memory-mapped: memory grows by the lengths alone, 16 bytes a row.
+    Texts, ids and lengths are memory-mapped; plans take memory, 8 bytes a row each.
     classes: names of the labels; None for translation, where the target is text.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        splits: dict[str, "Dataset"],
+        splits: dict[str, Table],
         codec: TextCodec,
         classes: list[str] | None,
     ) -> None:
@@ -185,49 +184,20 @@ class TextData:
         self._plans: dict[str, tuple[tuple[int, int], list[np.ndarray]]] = {}
         self.pad_to = (config.pad_to, 0 if classes else config.pad_to)  # of source, of target
         self.fingerprint = digest({split: texts._fingerprint for split, texts in splits.items()})
-        self.rows = {split: self._encode(texts) for split, texts in splits.items()}
-        self.lengths = {split: self._lengths(rows) for split, rows in self.rows.items()}
+        self.rows = {
+            split: encode(texts, codec, config.max_length, classes)
+            for split, texts in splits.items()
+        }
         if "train" in splits and not len(self.usable("train")):
             raise BadInput(
                 f"--dataset {config.dataset}: no training pair can be used ({self.counts('train')})"
                 "; give other data or a larger --max-length"
             )
 
-    def _encode(self, texts: "Dataset") -> "Dataset":
-        codec, longest = self.codec, self.config.max_length
-        class_ids = {name: i for i, name in enumerate(self.classes or ())}
-
-        def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-            src, n_unknown = codec.encode_and_count(batch["source"])
-            if class_ids:
-                tgt = [[class_ids[name]] for name in batch["target"]]
-                n_tgt = [1] * len(tgt)
-            else:
-                ids, more = codec.encode_and_count(batch["target"])
-                tgt = [row[: longest - 1] + [codec.eos_id] for row in ids]
-                n_tgt = [len(row) + 1 for row in ids]
-                n_unknown = [a + b for a, b in zip(n_unknown, more)]
-            return {
-                "src": [row[: longest - 1] + [codec.eos_id] for row in src],
-                "tgt": tgt,
-                "n_src": [len(row) + 1 for row in src],
-                "n_tgt": n_tgt,
-                "n_unknown": n_unknown,
-            }
-
-        key = digest(texts._fingerprint, codec.tokenizer.to_str(), longest, self.classes)
-        names = texts.column_names
-        options = {"batched": True, "remove_columns": names, "new_fingerprint": key}
-        return cached_table(key, lambda file: texts.map(encode, cache_file_name=file, **options))
-
-    def _lengths(self, rows: "Dataset") -> np.ndarray:
-        """(n, 2) tokens of source and target before any cut, end tokens included."""
-        return np.stack([rows.data.column(name).to_numpy() for name in ("n_src", "n_tgt")], axis=1)
-
     def usable(self, split: str) -> np.ndarray:
         """Row numbers that are used. Training leaves out pairs with an empty or a cut side, which
         would teach a translator to omit text; validation and test use every sentence."""
-        lengths = self.lengths[split]
+        lengths = self.rows[split].lengths
         if split != "train" or self.classes:
             return np.arange(len(lengths))
         complete = (lengths <= self.config.max_length).all(axis=1) & (lengths > 1).all(axis=1)
@@ -284,7 +254,7 @@ class TextData:
         return steps
 
     def _cut_lengths(self, split: str, rows: np.ndarray) -> np.ndarray:
-        return np.minimum(self.lengths[split][rows], self.config.max_length)  # (n, 2)
+        return np.minimum(self.rows[split].lengths[rows], self.config.max_length)  # (n, 2)
 
     def sizes(self, split: str, plan: Plan) -> PlanSizes:
         """Sizes of each batch of a plan."""
@@ -308,17 +278,19 @@ class TextData:
         plan = self.plan("train", seed=seed, epoch=1)
         numbers = (np.fromiter(map(len, plan), dtype="<i8"), np.concatenate(plan).astype("<i8"))
         plan_digest = hashlib.sha256(b"".join(map(memoryview, numbers))).hexdigest()
-        return digest(self.rows["train"]._fingerprint, self.config.pad_to, plan_digest)
+        return digest(self.rows["train"].fingerprint, self.config.pad_to, plan_digest)
 
     def counts(self, split: str) -> str:
         """Sentences and tokens of a split, and how many were not used as they are."""
-        lengths, longest = self.lengths[split], self.config.max_length
+        from pyarrow import compute
+
+        lengths, longest = self.rows[split].lengths, self.config.max_length
         cut = "left out" if split == "train" and not self.classes else "cut"
-        n_joined = self.texts[split].data.column("line_breaks").to_numpy().sum()
+        n_joined = compute.sum(self.texts[split].data.column("line_breaks")).as_py()
         numbers = {
             "empty": (lengths == 1)[:, : 1 if self.classes else 2].any(axis=1).sum(),
             f"over {longest} tokens and {cut}": (lengths > longest).any(axis=1).sum(),
-            "unknown tokens": self.rows[split].data.column("n_unknown").to_numpy().sum(),
+            "unknown tokens": self.rows[split].n_unknown.sum(),
             "with line breaks, now spaces": n_joined,
         }
         said = [f"{n:,} {what}" for what, n in numbers.items() if n]
@@ -334,8 +306,8 @@ class TextData:
         """The batches of a plan on a device, in order; a dummy batch for NO_ROWS. Raises RunFailed
         when a worker process fails."""
         loader = torch.utils.data.DataLoader(
-            self.rows[split].select_columns(["src", "tgt"]),
-            batch_sampler=[rows.tolist() for rows in plan if len(rows)],
+            self.rows[split],
+            batch_sampler=[rows for rows in plan if len(rows)],
             collate_fn=self.collate,
             num_workers=self.config.num_workers,
             worker_init_fn=ignore_signals,
@@ -381,19 +353,20 @@ class TextData:
 
         Two rows and columns: torch.compile makes kernels of their own for sizes of 1.
         """
-        batch = self.collate(
-            [{"src": [self.codec.eos_id] * 2, "tgt": [0] if self.classes else [0, 0]}] * 2
-        )
+        pair = ([self.codec.eos_id] * 2, [0] if self.classes else [0, 0])
+        batch = self.collate([pair] * 2)
         return replace(batch, tgt_out=batch.tgt_out.fill_(NO_TARGET), n_targets=0, n_tokens=0)
 
-    def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        """Pads rows to one batch. A classifier's decoder sees the start token alone."""
+    def collate(self, pairs: list[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+        """Pads pairs of source and target to one batch. A classifier's decoder sees the start
+        token alone."""
+        src, tgt = zip(*pairs)
         bos_id, pad_id, (src_width, tgt_width) = self.codec.bos_id, self.codec.pad_id, self.pad_to
-        src, tgt = [row["src"] for row in rows], [row["tgt"] for row in rows]
+        tgt_in = pad([ids[:-1] for ids in tgt], pad_id, tgt_width - 1)
         n_targets = sum(map(len, tgt))
         return Batch(
             src=pad(src, pad_id, src_width),
-            tgt_in=pad([[bos_id] + ids[:-1] for ids in tgt], pad_id, tgt_width),
+            tgt_in=torch.nn.functional.pad(tgt_in, (1, 0), value=bos_id),
             tgt_out=pad(tgt, NO_TARGET, tgt_width),
             n_targets=n_targets,
             n_tokens=sum(map(len, src)) + n_targets,

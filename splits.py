@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache import cache_folder, cache_problem, is_whole, to_table
+from cache import Table, cache_folder, cache_problem, is_whole, to_table
 from comp_utils import digest
 from config import ASSETS, DataConfig
 from errors import BadInput
@@ -32,7 +32,7 @@ from files import (
 from tables import Row, Rows, delimiter_of, file_format, shorten
 
 if TYPE_CHECKING:  # costs a second to import, so it is imported where it is used
-    from datasets import Dataset
+    import datasets
 
 
 # ------------------------------------------------------------------------------- files and the Hub
@@ -46,7 +46,7 @@ class Splits:
     """
 
     # columns source and target (text), and line_breaks (1 where a text of the row had one)
-    tables: dict[str, "Dataset"] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
     sources: dict[str, list[str]] = field(default_factory=dict)  # file names, or splits of the Hub
     notes: list[str] = field(default_factory=list)  # what was left out, one line each
 
@@ -114,7 +114,7 @@ def load_files(path: Path, columns: dict[str, str], column_names: str | None = N
     return splits
 
 
-def count_quoted(table: "Dataset") -> int:
+def count_quoted(table: Table) -> int:
     """The texts that begin and end with a quote."""
     import pyarrow.compute as pc
 
@@ -122,7 +122,7 @@ def count_quoted(table: "Dataset") -> int:
     return sum(pc.sum(pc.match_substring_regex(t, '^".*"$')).as_py() or 0 for t in texts)
 
 
-def read_table(table: "Dataset", name: str, target_column: str) -> Rows:
+def read_table(table: "datasets.Dataset", name: str, target_column: str) -> Rows:
     """The rows of a table of the Hub, a class's name in place of its number."""
     names = getattr(table.features.get(target_column), "names", None)
     for number, row in enumerate(table, 1):
@@ -153,7 +153,7 @@ def has_card(folder: Path) -> bool:
 
 def load_tables(
     path: Path, name: str, config_name: str | None
-) -> tuple[dict[str, "Dataset"], str | None]:
+) -> tuple[dict[str, "datasets.Dataset"], str | None]:
     """What `datasets` makes of an id on the Hub, or of a folder with a card, which has a digest.
 
     No code that comes with the data is run.
@@ -161,6 +161,7 @@ def load_tables(
     import datasets
     import pyarrow
 
+    datasets.disable_progress_bars()
     source, content, cache = name, None, Path(datasets.config.HF_DATASETS_CACHE)
     if path.is_dir():
         if re.search(r"[][*?]", os.path.abspath(path)):  # `datasets` reads the path as a pattern
@@ -235,7 +236,7 @@ def kind_of(split: str) -> str:
     return split.partition(".")[0]
 
 
-def cut_missing(tables: dict[str, "Dataset"], classifies: bool) -> dict[str, "Dataset"]:
+def cut_missing(tables: dict[str, Table], classifies: bool) -> dict[str, Table]:
     """Cuts a missing validation or test split out of the training split.
 
     A sentence stays in its split whatever rows are added, until a split has MOST_CUT: then some go
@@ -255,7 +256,7 @@ def cut_missing(tables: dict[str, "Dataset"], classifies: bool) -> dict[str, "Da
                 if split == ("train" if row["target"] in keep else home):
                     yield row
 
-    def cut(split: str, keep: set[str]) -> "Dataset":
+    def cut(split: str, keep: set[str]) -> Table:
         key = digest(train._fingerprint, split, missing, sorted(keep))
         return to_table(rows_of(split, keep), key)
 
@@ -272,9 +273,6 @@ def cut_missing(tables: dict[str, "Dataset"], classifies: bool) -> dict[str, "Da
 
 def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> Splits:
     """The splits of the kinds wanted. Raises BadInput."""
-    import datasets
-
-    datasets.disable_progress_bars()
     cache_folder()
     name, config_name = config.dataset, config.dataset_config
     columns = {key: getattr(config, key) for key in ("source_column", "target_column", "task")}
@@ -312,7 +310,7 @@ def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> Splits:
 # ---------------------------------------------------------------------------------------- classes
 
 
-def class_names(tables: dict[str, "Dataset"]) -> list[str]:
+def class_names(tables: dict[str, Table]) -> list[str]:
     """The labels of the training split, numbers in their order, else by alphabet.
 
     Raises BadInput if they will not do as classes.
@@ -341,7 +339,7 @@ def several_in_one(labels: list[str]) -> str:
     return f"{shorten(lists[:1])} looks like several labels, give one per row" if lists else ""
 
 
-def check_labels(tables: dict[str, "Dataset"], classes: list[str]) -> None:
+def check_labels(tables: dict[str, Table], classes: list[str]) -> None:
     """Raises BadInput with all the labels of each split that are none of the classes."""
     lines = []
     for split, table in tables.items():

@@ -1,28 +1,27 @@
 """Tokenizers: text becomes ids."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import tokenizers
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from cache import cache_folder
+from cache import Table, cache_folder, cached_file
+from comp_utils import digest
 from config import ASSETS, TokenizerConfig
 from errors import BadInput
 from splits import without_network
-
-if TYPE_CHECKING:  # costs a second to import, so it is imported where it is used
-    from datasets import Dataset
-
 
 MAX_TOKENIZER_BYTES = 100_000_000  # the largest in use have some 20 million
 
 # No sentence has so many; without a limit, a line of 10 MB takes the tokenizer seconds and 1 GB.
 MAX_CHARACTERS = 200_000
+MAX_TRAINING_TEXTS = 2_000_000  # for a tokenizer; more take minutes and GB, and change little
 # Of a text for training a tokenizer: the time grows with the square of the longest word.
 MAX_TRAINING_CHARACTERS = 10_000
 
@@ -154,10 +153,26 @@ def trains_tokenizer(config: TokenizerConfig, dataset: str) -> bool:
 
 
 def get_tokenizer(
-    config: TokenizerConfig, dataset: str, train: "Dataset", columns: Sequence[str]
+    config: TokenizerConfig, dataset: str, train: Table, columns: Sequence[str]
 ) -> TextCodec:
-    """The tokenizer asked for; else that of an embedded data set; else one trained on columns."""
-    if trains_tokenizer(config, dataset):
-        texts = (text for rows in train.iter(1000) for name in columns for text in rows[name])
-        return train_tokenizer((text[:MAX_TRAINING_CHARACTERS] for text in texts), config)
-    return read_tokenizer(config.tokenizer or str(shipped_tokenizer(dataset)))
+    """The tokenizer asked for; else that of an embedded data set; else one trained on columns,
+    or on evenly spaced rows of a large table, and kept in the cache."""
+    if not trains_tokenizer(config, dataset):
+        return read_tokenizer(config.tokenizer or str(shipped_tokenizer(dataset)))
+    n_texts = len(train) * len(columns)
+    step = math.ceil(n_texts / MAX_TRAINING_TEXTS) or 1
+    if step > 1:
+        print(f"tokenizer: trained on one in {step} of {n_texts:,} sentences", file=sys.stderr)
+
+    def write(file: Path) -> None:
+        texts = (
+            text[:MAX_TRAINING_CHARACTERS]
+            for rows in train.iter(1000)
+            for name in columns
+            for text in rows[name][::step]
+        )
+        file.write_text(train_tokenizer(texts, config).tokenizer.to_str(), encoding="utf-8")
+
+    wanted = (config.vocab_size, config.lowercase, step, tokenizers.__version__)
+    key = digest("tokenizer", train._fingerprint, columns, wanted)
+    return as_codec(Tokenizer.from_file(str(cached_file(f"{key}.json", write))))

@@ -197,7 +197,7 @@ def test_a_batch_has_the_sentence_the_start_token_and_the_class(word_codec, num_
 
 def test_a_worker_sends_batches_without_shared_memory(word_codec):
     data = text_data(word_codec, train=[("a b c", "yes")])
-    batch = data.collate([{"src": [4, 2], "tgt": [1]}])
+    batch = data.collate([([4, 2], [1])])
     sent = bytes(ForkingPickler.dumps(batch))
     assert b"rebuild_storage" not in sent  # of torch.multiprocessing: a file in /dev/shm
     received = pickle.loads(sent)
@@ -209,7 +209,7 @@ def test_a_worker_sends_batches_without_shared_memory(word_codec):
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(word_codec, monkeypatch):
     data = text_data(word_codec, train=[("a b c", "yes")], num_workers=1)
-    monkeypatch.setattr(data, "collate", lambda rows: os.kill(os.getpid(), signal.SIGBUS))
+    monkeypatch.setattr(data, "collate", lambda pairs: os.kill(os.getpid(), signal.SIGBUS))
     with pytest.raises(RunFailed, match=r"^--num-workers 1: a worker .*; give --num-workers 0$"):
         list(data.load("train", [np.array([0])], CPU))
 
@@ -222,7 +222,7 @@ def test_pad_to_gives_every_batch_the_same_width(word_codec):
 
 def test_a_missing_target_is_not_class_zero(word_codec):
     data = text_data(word_codec, train=[("a", "no")])
-    batch = data.collate([{"src": [4, 2], "tgt": [0, 1]}, {"src": [2], "tgt": [0]}])
+    batch = data.collate([([4, 2], [0, 1]), ([2], [0])])
     assert batch.tgt_out.tolist() == [[0, 1], [0, NO_TARGET]]
     assert torch.nn.CrossEntropyLoss().ignore_index == NO_TARGET
 
@@ -428,3 +428,55 @@ def test_only_copies_from_pinned_memory_to_cuda_are_asynchronous(pinned, kind, n
     tensors = [StandInTensor(pinned) for _ in range(3)]
     Batch(*tensors, n_targets=1, n_tokens=2).to(torch.device(kind))
     assert [t.copies for t in tensors] == [[(kind, non_blocking)]] * 3
+
+
+# ---------------------------------------------------------------------------------- ids on the disk
+
+
+@pytest.mark.parametrize("last_id", [2**16 - 1, 2**16, 2**20])
+def test_ids_of_any_vocabulary_are_kept(last_id):
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "a": last_id}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    data = text_data(as_codec(tokenizer), None, train=[("a", "a")])
+    (batch,) = data.load("train", [np.array([0])], CPU)
+    assert (batch.src.tolist(), batch.tgt_in.tolist()) == ([[last_id, 2]], [[1, last_id]])
+
+
+def test_damaged_ids_are_made_again(word_codec, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    before = translations(word_codec).rows["train"].__getitems__(range(37))
+    (file,) = tmp_path.rglob("*.ids")
+    content = file.read_bytes()
+    for damaged in (content[:-1], b"", bytes(len(content))):
+        file.unlink()  # the tables of before are mapped from it
+        file.write_bytes(damaged)
+        after = translations(word_codec).rows["train"].__getitems__(range(37))
+        assert file.read_bytes() == content
+        assert all(map(np.array_equal, sum(after, ()), sum(before, ())))
+
+
+def test_a_worker_is_sent_the_name_of_the_file_not_its_rows(word_codec):
+    rows = translations(word_codec, n=2000).rows["train"]
+    sent = pickle.dumps(rows)
+    assert len(sent) < 1000
+    assert all(
+        map(np.array_equal, pickle.loads(sent).__getitems__([7])[0], *rows.__getitems__([7]))
+    )
+
+
+# Loads and reports the default data, and prints what that should not need.
+WARM_START = """
+import sys
+from jobs import load_data
+from settings import resolve
+load_data(resolve({}))[0].report("train")
+print(sorted({"datasets", "pandas", "torch._inductor"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.slow
+def test_data_are_loaded_without_slow_imports():
+    command = [sys.executable, "-c", WARM_START]
+    for _ in range(2):  # the first fills the cache
+        out = subprocess.check_output(command, cwd=PROJECT, text=True, timeout=WAIT_LIMIT)
+    assert out.splitlines()[-1] == "[]"

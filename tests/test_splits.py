@@ -167,6 +167,7 @@ def damage(file: Path, how: str) -> None:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -237,7 +238,8 @@ def test_a_full_disk_names_the_cache_and_leaves_nothing(data, cache, monkeypatch
 
 
 def test_without_a_home_no_folder_of_that_name_is_made(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("~/.cache/huggingface/datasets"))
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("HOME", "~")  # what expanduser gives where there is none
     write("x.csv", csv_text(numbered(60)))
     with pytest.raises(BadInput, match=r"no home folder; set HF_HOME=/a/folder"):
         load("x.csv")

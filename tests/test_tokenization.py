@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import settings
+import tokenization
 from config import DataConfig, TokenizerConfig
 from data import TextData
 from errors import BadInput
@@ -89,6 +90,27 @@ def test_a_new_tokenizer_knows_words_of_the_texts_it_was_given_alone():
     train = table([("common common words", "1")] * 50)
     vocab = get_tokenizer(TokenizerConfig(), "some.csv", train, ["source"]).tokenizer.get_vocab()
     assert "\u0120common" in vocab and "\u0120film" not in vocab
+
+
+def test_a_new_tokenizer_is_trained_once_for_the_same_texts(monkeypatch):
+    train, trained = table([(f"once {i}", "1") for i in range(9)]), []
+    monkeypatch.setattr(
+        tokenization, "train_tokenizer", lambda *a: trained.append(a) or train_tokenizer(*a)
+    )
+    first, second, larger = (
+        get_tokenizer(TokenizerConfig(vocab_size=n), "some.csv", train, ["source"]).tokenizer
+        for n in (260, 260, 270)
+    )
+    assert first.to_str() == second.to_str() != larger.to_str()
+    assert len(trained) == 2
+
+
+def test_a_new_tokenizer_is_trained_on_evenly_spaced_rows_of_a_large_table(monkeypatch, capsys):
+    monkeypatch.setattr(tokenization, "MAX_TRAINING_TEXTS", 1000)
+    train = table([("even even" if i % 2 == 0 else "odd odd", "1") for i in range(2000)])
+    vocab = get_tokenizer(TokenizerConfig(), "some.csv", train, ["source"]).tokenizer.get_vocab()
+    assert "\u0120even" in vocab and "\u0120odd" not in vocab
+    assert "trained on one in 2 of 2,000 sentences" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- tokenizers of other people
