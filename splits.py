@@ -326,7 +326,7 @@ def class_names(tables: dict[str, Table]) -> list[str]:
     return names
 
 
-def largest_class(table: "Dataset") -> str:
+def largest_class(table: Table) -> str:
     """The most frequent label and its share, which a model reaches that always gives it."""
     counts = table.data.column("target").value_counts().to_pylist()
     largest = max(counts, key=lambda count: count["counts"])
