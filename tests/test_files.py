@@ -235,7 +235,7 @@ def test_every_format_gives_one_line_per_text(ending):
     train = load("d").tables["train"]
     assert set(train["source"]) == {"one two", "three"}
     assert sum(train["line_breaks"]) == 40
-    assert str(train.features["line_breaks"].dtype) == "int8"
+    assert str(train.data.schema.field("line_breaks").type) == "int8"
 
 
 @pytest.mark.parametrize(

@@ -162,9 +162,7 @@ def test_the_header_has_no_counts_of_zero(finished):
 
 @pytest.mark.parametrize("threads, words", [(1, ", 1 thread,"), (2, ", 2 threads,")])
 def test_the_header_counts_threads(threads, words, capsys):
-    data = SimpleNamespace(
-        codec=SimpleNamespace(n_vocab=9), classes=["a", "b"], rows={}, report=str
-    )
+    data = SimpleNamespace(codec=SimpleNamespace(n_vocab=9), classes=None, rows={}, report=str)
     facts = dict.fromkeys(("device", "device_name", "torch", "plan_fingerprint"), "x")
     facts |= {"processes": 1, "threads": threads, "parameters": 1}
     options = settings.resolve({})
