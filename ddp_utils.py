@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import BadInput, SharedError, Stopped, StopSignals
 
-TIMEOUT = timedelta(hours=2)  # of a collective; one rank may prepare the data for all others
+TIMEOUT = timedelta(hours=2)  # of a collective
+PREPARATION_TIMEOUT = timedelta(days=2)  # while one rank prepares the data for all others
 THREADS_SET = "RHEA_THREADS_SET"  # set where OMP_NUM_THREADS is the launcher's or the user's choice
 
 
@@ -182,24 +184,30 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor.detach(), 0)
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """The values of all ranks in order, on every rank."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group)
     return box
 
 
-def share_problem(lines: tuple[str, ...] | None) -> None:
+@cache
+def patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All ranks again, to wait for preparations: what trains waits no longer than TIMEOUT."""
+    return dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+
+
+def share_problem(lines: tuple[str, ...] | None, group: dist.ProcessGroup | None = None) -> None:
     """Raises SharedError on every rank if any has a problem. lines: of this rank's BadInput."""
-    for number, problem in enumerate(gather(lines)):
+    for number, problem in enumerate(gather(lines, group)):
         if problem:
             raise SharedError(*(f"rank {number}: {line}" if number else line for line in problem))
 
 
 @contextmanager
-def raise_on_all_ranks() -> Iterator[None]:
+def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A BadInput raised in the block on one rank is raised on all of them."""
     lines = None
     try:
@@ -208,7 +216,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         if world_size() == 1:
             raise
         lines = error.lines
-    share_problem(lines)
+    share_problem(lines, group)
 
 
 def broadcast_from_rank_zero(function: Callable[..., Any], *args: Any) -> Any:
@@ -226,12 +234,13 @@ def local_rank_zero_first() -> Iterator[None]:
 
     A BadInput raised in the block on one rank is raised on all of them.
     """
-    if world_size() > 1 and local_rank() > 0:
-        share_problem(None)  # waits for the first to leave the block
-    with raise_on_all_ranks():
+    group = patient_group(dist.group.WORLD) if world_size() > 1 else None
+    if local_rank() > 0:
+        share_problem(None, group)  # waits for the first to leave the block
+    with raise_on_all_ranks(group):
         yield
-    if world_size() > 1 and local_rank() == 0:
-        share_problem(None)  # waits for the others
+    if local_rank() == 0:
+        share_problem(None, group)  # waits for the others
 
 
 # ----------------------------------------------------------------------------------------- training

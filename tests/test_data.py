@@ -100,6 +100,13 @@ def test_a_plan_is_the_same_as_in_older_versions():
     assert plan == [[5, 1, 8], [0, 7, 3], [6], [2], [4, 9]]
 
 
+def test_rows_with_equal_keys_keep_their_order_on_any_machine():
+    lengths = np.full((400, 2), 2**30)  # 31 bits each: 2 of 64 are left for noise
+    (rows,) = plan_epoch(lengths, batch_size=400, batch_tokens=None, seed=3, epoch=2)
+    noise = np.random.PCG64([3, 2]).random_raw(400) >> np.uint64(62)
+    assert rows.tolist() == np.argsort(noise, kind="stable").tolist()
+
+
 # Prints the hash of a large plan and of a new tokenizer.
 FACTS = """
 import hashlib, sys

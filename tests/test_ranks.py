@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,18 @@ def test_a_rank_that_fails_ends_all_with_its_own_message(fault, rank, words, cor
     said = "".join(e.err for e in ended)
     assert said.count(words) == 1, said
     assert said.count("Traceback") == (fault is has_a_bug)
+
+
+def prepares_for_longer_than_a_collective_may_take() -> None:
+    ddp_utils.TIMEOUT = timedelta(seconds=10)
+    if os.environ["RANK"] == "0":
+        load_splits = jobs.load_splits
+        jobs.load_splits = lambda *args: time.sleep(15) or load_splits(*args)
+
+
+def test_ranks_wait_while_one_prepares_the_data(corpora):
+    argv = [*RANK_OPTIONS, *corpora["classification"], "--max-steps", "2", "--run-dir", "r"]
+    ranks_quietly(2, *argv, prepare=prepares_for_longer_than_a_collective_may_take)
 
 
 def diverges() -> None:
