@@ -195,15 +195,14 @@ class ModelConfig:
     dropout: float = option(
         0.1, "dropout rate of sub-layer outputs and of embedding + position", low=0.0, below=1.0
     )
-    activation: str = option(
-        "relu", "activation of the feed-forward layers", choices=tuple(ACTIVATIONS)
-    )
+    activation: str = option("relu", "feed-forward activation", choices=tuple(ACTIVATIONS))
     attention: str = option(
         "fused",
         "implementation of attention: one head at a time, one matrix product, or torch's kernel",
         choices=FORMS,
     )
     positions: str = option("sinusoidal", "position encoding", choices=tuple(POSITIONS))
+    ensemble: int = option(1, "models trained side by side, with averaged probabilities", low=1)
 
     def problems(self) -> list[str]:
         """What cannot work, a line each."""

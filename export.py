@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from components import MHAttention, SinusoidalPositions
 from config import VERSION
 from decoding import EXTRA_LENGTH, greedy
+from ensemble import Ensemble
 from errors import BadInput, RunFailed
 from export_onnx import read_onnx, write_onnx
 from jobs import Job
@@ -54,7 +55,8 @@ def export(job: Job, folder: RunFolder, name: str, target: Path, sentences: list
 
 def format_problems(job: Job, name: str) -> list[str]:
     """Why a model cannot be written in a format, a line each."""
-    problems = model_problems(job, name) if name != "onnx" else []
+    is_written = name == "onnx" and (job.classes or not isinstance(job.model, Ensemble))
+    problems = [] if is_written else model_problems(job, name)
     try:
         for package in PACKAGES[name]:
             importlib.import_module(package)
@@ -67,8 +69,9 @@ def format_problems(job: Job, name: str) -> list[str]:
 
 def model_problems(job: Job, name: str) -> list[str]:
     """What this model has that the models of other tools have not, a line each."""
-    problems = []
-    instead = "give --export onnx"
+    problems, instead = [], "give --export onnx"
+    if isinstance(job.model, Ensemble):
+        return [f"--export {name}: one model alone, and this is an ensemble; give another run"]
     if job.classes:
         problems.append(f"--export {name}: it has no model like this classifier; {instead}")
     options = job.options

@@ -41,29 +41,33 @@ from ddp_utils import (
 )
 from errors import BadInput, RunFailed, SharedError, Stopped, StopSignals
 from figures import draw_curves
-from jobs import (
-    Job,
+from jobs import Job, build_model, load_job, own_device, raise_problems
+from measure import benchmark, check_device, device_report, record_in_words
+from predict import predict
+from prepare import (
     begin_with_weights_of,
-    build_model,
     changed_options,
     check_same_data,
-    load_job,
     origin_of,
-    own_device,
     prepare,
-    raise_problems,
     restore_threads,
     say_facts,
     start,
 )
-from measure import benchmark, check_device, device_report, record_in_words
-from predict import predict
 from procedures import Trainer
 from records import append_command, as_record, compare
 from reports import curve_marks, drawing, epoch_seconds, inspect, seeds_in_words, test, test_splits
 from run_folder import RunFolder
 from scoring import warn_if_not_reversible
-from settings import COMMANDS, WORKLOADS, command_problems, extract_config, parse_args, parse_seeds
+from settings import (
+    COMMANDS,
+    INFERENCE_OPTIONS,
+    WORKLOADS,
+    command_problems,
+    extract_config,
+    parse_args,
+    parse_seeds,
+)
 from splits import check_labels, load_splits
 
 # ----------------------------------------------------------------------------------- train and test
@@ -160,7 +164,8 @@ def finish_run(job: Job, trainer: Trainer, folder: RunFolder, signals: StopSigna
 
 
 def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
-    """A run for each seed, in folders of --run-dir; one that is there is resumed, or is done."""
+    """A run for each seed, in folders of --run-dir; one that is there is resumed, or is done. Then
+    their models are tested together."""
     given, root = dict(given), Path(given["run_dir"]).expanduser()
     seeds, tests = parse_seeds(given.pop("seeds")), []
     for seed in seeds:
@@ -175,6 +180,9 @@ def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals
             tests.append([m for m in folder.read_metrics() if m["event"] == "test"][-1])
     if rank() == 0:
         say(*seeds_in_words(seeds, tests))
+    if len(seeds) > 1:
+        used = {name: given[name] for name in given.keys() & INFERENCE_OPTIONS}
+        test_only({**used, "run_dir": str(root), "test_only": True}, [*problems], signals)
 
 
 def resume_command(folder: RunFolder) -> str:

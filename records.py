@@ -24,7 +24,7 @@ OLD_KEYS = {
 WORK = (
     *("dataset", "task", "batch_size", "batch_tokens", "pad_to", "max_length", "accumulate"),
     *("r_drop", "n_layers", "d_model", "d_ff", "n_heads", "d_attn", "d_mid", "dropout"),
-    *("activation", "positions"),
+    *("activation", "positions", "ensemble"),
 )
 WAY = ("attention", "precision", "compile", "tf32", "deterministic")
 OPTIONS = ("workload", *WORK, *WAY, "label")

@@ -36,6 +36,7 @@ import decoding
 import export
 import jobs
 import kernels
+import prepare
 import settings
 from comp_utils import autocast, grad_scaler, set_seed
 from components import sinusoids
@@ -149,7 +150,7 @@ def train(argv: list[str]) -> None:
     options = settings.resolve(given)
     jobs.raise_problems(problems + settings.option_problems(options, given))
     set_seed(options.seed)
-    data, _ = jobs.load_data(options)
+    data, _ = prepare.load_data(options)
     plan = data.plan("train", seed=options.seed, epoch=1)
     n_batches = 1 + int(np.searchsorted(data.sizes("train", plan).n_tokens.cumsum(), TOKENS))
     batches = list(data.load("train", plan[:n_batches], CPU))
@@ -406,7 +407,7 @@ def processes(argv: list[str]) -> None:
     left when none waits for the other: the same processors, memory and caches are shared.
     """
     options = settings.resolve(settings.parse_args(argv)[0])
-    data, _ = jobs.load_data(options)
+    data, _ = prepare.load_data(options)
     n = options.max_steps or 6
     plan = data.plan("train", seed=options.seed, epoch=1)[: 2 * n]
     n_tokens = data.sizes("train", plan).n_tokens.tolist()

@@ -23,7 +23,7 @@ from config import DataConfig
 from data import NO_ROWS, NO_TARGET, Batch, TextData, dropout_seed, pad, plan_epoch
 from errors import BadInput, RunFailed
 from files import SPLITS
-from jobs import load_data
+from prepare import load_data
 from settings import resolve
 from tokenization import TextCodec, as_codec
 
@@ -474,7 +474,7 @@ def test_a_worker_is_sent_the_name_of_the_file_not_its_rows(word_codec):
 # Loads and reports the default data, and prints what that should not need.
 WARM_START = """
 import sys
-from jobs import load_data
+from prepare import load_data
 from settings import resolve
 load_data(resolve({}))[0].report("train")
 print(sorted({"datasets", "pandas", "torch._inductor"} & sys.modules.keys()))

@@ -163,7 +163,7 @@ def test_fewer_sentences_than_processes_are_refused(corpora):
 
 def trainer_of(argv: list[str]) -> procedures.Trainer:
     """A trainer in this process."""
-    from jobs import prepare, start
+    from prepare import prepare, start
     from settings import parse_args
 
     options, device, folder = start(*parse_args(argv))

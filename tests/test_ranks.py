@@ -19,8 +19,8 @@ from processes import ranks, ranks_quietly
 from runs import RANK_OPTIONS, assert_same_weights, record_plans, recorded_plans
 
 import ddp_utils
-import jobs
 import optimization
+import prepare
 import procedures
 from data import TextData
 from errors import BadInput, SharedError
@@ -228,7 +228,7 @@ def shares_a_gpu() -> None:
 
 def finds_no_data() -> None:
     if is_mine():
-        jobs.load_splits = refuse_data
+        prepare.load_splits = refuse_data
 
 
 def refuse_data(*args, **kwargs):
@@ -258,8 +258,8 @@ def test_a_rank_that_fails_ends_all_with_its_own_message(fault, rank, words, cor
 def prepares_for_longer_than_a_collective_may_take() -> None:
     ddp_utils.TIMEOUT = timedelta(seconds=10)
     if os.environ["RANK"] == "0":
-        load_splits = jobs.load_splits
-        jobs.load_splits = lambda *args: time.sleep(15) or load_splits(*args)
+        load_splits = prepare.load_splits
+        prepare.load_splits = lambda *args: time.sleep(15) or load_splits(*args)
 
 
 def test_ranks_wait_while_one_prepares_the_data(corpora):

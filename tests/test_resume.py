@@ -20,8 +20,8 @@ from helpers import (
 from kill import COMMANDS, DATA, command, differences, run_with_kills, tensors_of
 from runs import act_after_step, load_checkpoint, only_error, raise_own_signal, resume, stop_after
 
-import jobs
 import main
+import prepare
 import procedures
 from checkpoints import KeptWeights
 from run_folder import RunFolder, json_checksum
@@ -292,10 +292,10 @@ def test_a_test_event_survives_and_one_that_was_changed_does_not(done):
 @pytest.mark.parametrize("n_cores, expected", [(4, 2), (2, 2), (1, 1)])
 def test_the_number_of_threads_is_restored_or_there_is_a_warning(n_cores, expected, patch, capsys):
     before = torch.get_num_threads()
-    patch.setattr(jobs, "usable_cores", lambda: n_cores)
+    patch.setattr(prepare, "usable_cores", lambda: n_cores)
     try:
         torch.set_num_threads(1)
-        jobs.restore_threads({"threads": 2})
+        prepare.restore_threads({"threads": 2})
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)

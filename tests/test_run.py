@@ -36,6 +36,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import jobs
 import main
+import prepare
 import procedures
 import reports
 import settings
@@ -167,7 +168,7 @@ def test_the_header_counts_threads(threads, words, capsys):
     facts |= {"processes": 1, "threads": threads, "parameters": 1}
     options = settings.resolve({})
     job = jobs.Job(options, None, data.codec, data.classes, None, data, facts)
-    jobs.say_facts(job, None)
+    prepare.say_facts(job, None)
     assert words in capsys.readouterr().out
 
 
