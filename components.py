@@ -120,10 +120,14 @@ def causal_mask(l_x: int, l_z: int, device: torch.device) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """W x + b, with Glorot-uniform W and b = 0: the usual start; neither paper names one."""
+    """W x + b. At the start W is Glorot-uniform times gain, and b = 0; neither paper names one."""
+
+    def __init__(self, d_in: int, d_out: int, *, gain: float = 1.0) -> None:
+        self.gain = gain
+        super().__init__(d_in, d_out)
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
+        nn.init.xavier_uniform_(self.weight, self.gain)
         nn.init.zeros_(self.bias)
 
     def forward(self, X: Tensor) -> Tensor:
@@ -215,18 +219,28 @@ class MHAttention(nn.Module):
     """MHAttention(X, Z | W_q, W_k, W_v, W_o, Mask) = [Y_1; ...; Y_h] W_o, with Y_i of head i.
 
     form: one of FORMS. They differ in how they compute, not in weights or results.
+    gain: of W_o at the start.
     Source: FA, Algorithms 4 and 5; AIAYN, section 3.2.2.
     """
 
     def __init__(
-        self, *, d_x: int, d_z: int, d_attn: int, d_mid: int, d_out: int, n_heads: int, form: str
+        self,
+        *,
+        d_x: int,
+        d_z: int,
+        d_attn: int,
+        d_mid: int,
+        d_out: int,
+        n_heads: int,
+        form: str,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.n_heads, self.form = n_heads, form
         self.W_q = Linear(d_x, n_heads * d_attn)
         self.W_k = Linear(d_z, n_heads * d_attn)
         self.W_v = Linear(d_z, n_heads * d_mid)
-        self.W_o = Linear(n_heads * d_mid, d_out)
+        self.W_o = Linear(n_heads * d_mid, d_out, gain=gain)
 
     def forward(
         self, X: Tensor, Z: Tensor | None, Mask: Tensor | str | None, past: Context | None = None
@@ -306,16 +320,16 @@ class LayerNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W_2 act(W_1 x + b_1) + b_2, at each position alike.
+    """W_2 act(W_1 x + b_1) + b_2, at each position alike. gain: of W_2 at the start.
 
     Source: FA, Algorithm 8 (W_mlp1 and W_mlp2, W_mlp3 and W_mlp4); AIAYN, section 3.3, equation 2.
     """
 
-    def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
+    def __init__(self, d_model: int, d_ff: int, activation: str, *, gain: float = 1.0) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.W_1 = Linear(d_model, d_ff)
-        self.W_2 = Linear(d_ff, d_model)
+        self.W_2 = Linear(d_ff, d_model, gain=gain)
 
     def forward(self, X: Tensor) -> Tensor:
         if self.activation is F.relu:
