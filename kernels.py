@@ -46,6 +46,10 @@ def onednn_is_faster() -> bool:
 
 
 ONEDNN = onednn_is_faster()
+# oneDNN keeps what it made for each shape of a product, and batches have many: 1,024 of them, its
+# default, take GBs. A step has fewer than 64; to make one anew takes less than a millisecond.
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY") if ONEDNN else ():
+    os.environ.setdefault(name, "64")
 MIN_PRODUCTS = 1 << 20  # below it, the time of a call to oneDNN is longer than its product saves
 
 

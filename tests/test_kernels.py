@@ -1,8 +1,13 @@
 """The fast forms on a CPU give what torch's own give, and dropout's masks are random."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import PROJECT
 from reference import TOLERANCE, each_dtype
 from torch import Tensor
 from torch.testing import assert_close
@@ -204,3 +209,32 @@ def test_a_model_gives_the_same_logits_when_packed_and_may_change_afterwards():
             p.mul_(0.5)
         assert not torch.allclose(model(src, tgt_in), expected)
     assert not any(hasattr(p, "packed") for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+MANY_SHAPES = """
+import torch
+import kernels
+
+def used() -> int:
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+torch.set_num_threads(1)
+W = torch.randn(256, 128)
+kernels.product(torch.randn(300, 128), W)
+before = used()
+for n in range(301, 1000):
+    kernels.product(torch.randn(n, 128), W)
+print((used() - before) // 2**20)
+"""
+
+
+@pytest.mark.skipif(not kernels.onednn_is_faster(), reason="products are not oneDNN's here")
+def test_products_of_many_shapes_do_not_fill_the_memory():
+    """With oneDNN's own limits 700 shapes take 350 MB."""
+    limits = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    env = {name: value for name, value in os.environ.items() if name not in limits}
+    command = [sys.executable, "-c", MANY_SHAPES]
+    done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150
