@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_utils import broadcast, broadcast_tensors, raise_on_all_ranks
-from errors import BadInput
-from run_folder import one_line
+from errors import BadInput, one_line
 
 Weights = dict[str, Tensor]
 

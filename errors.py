@@ -1,10 +1,11 @@
-"""How a run ends early: exceptions and stop signals."""
+"""How a run ends early: exceptions, their words, and stop signals."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -80,6 +81,16 @@ class StopSignals:
             self.hold = before
         if self.received and not self.hold:
             raise Stopped(self.received)
+
+
+def write_failed(path: Path, error: OSError) -> RunFailed:
+    """The exception for a disk that is full, read-only or gone."""
+    return RunFailed(f"{path}: cannot be written ({error.strerror}); fix that and resume")
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of bounded length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def in_destructor(frame: FrameType | None) -> bool:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,7 +132,7 @@ def raise_problems(problems: list[str]) -> None:
 def load_job(given: dict[str, Any], problems: list[str]) -> tuple[Job, RunFolder]:
     """The trained model of --run-dir, without data, and its folder; if it is a folder of runs, the
     models of all. Raises BadInput."""
-    folders = broadcast_from_rank_zero(find_runs, given.get("run_dir"))
+    folders = broadcast_from_rank_zero(RunFolder.find_all, given.get("run_dir"), RunFolder.WEIGHTS)
     configs = [broadcast_from_rank_zero(folder.read_config) for folder in folders]
     folder, config = folders[0], configs[0]
     with raise_on_all_ranks():
@@ -177,15 +176,6 @@ def load_job(given: dict[str, Any], problems: list[str]) -> tuple[Job, RunFolder
         names = ", ".join(f.path.name for f in folders)
         print(f"averaging the probabilities of {len(models)} models: {names}", file=sys.stderr)
     return Job(options, device, codec, classes, Ensemble(models)), RunFolder(folder.path.parent)
-
-
-def find_runs(run_dir: str | None) -> list[RunFolder]:
-    """The run in a folder, or those in its folders. Raises BadInput."""
-    path = Path(run_dir or ".").expanduser()
-    below = sorted(config.parent for config in path.glob(f"*/{RunFolder.CONFIG}"))
-    if run_dir is None or not below or (path / RunFolder.CONFIG).exists():
-        return [RunFolder.find(run_dir, RunFolder.WEIGHTS)]
-    return [RunFolder.find(str(folder), RunFolder.WEIGHTS) for folder in below]
 
 
 def search_problems(options: Options) -> list[str]:

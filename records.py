@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,16 @@ WORK = (
 WAY = ("attention", "precision", "compile", "tf32", "deterministic")
 OPTIONS = ("workload", *WORK, *WAY, "label")
 TEXTS = {"device_name", "work_fingerprint", "workload", "label", "processor_model", "attention"}
-NUMBERS = {"processes", "threads", "cores", "n_layers", "batch_size", "batch_tokens", "pad_to"}
+NUMBERS = {
+    "processes",
+    "runs",
+    "threads",
+    "cores",
+    "n_layers",
+    "batch_size",
+    "batch_tokens",
+    "pad_to",
+}
 
 
 # ------------------------------------------------------------------------------ writing and reading
@@ -60,7 +70,7 @@ def read_records(name: str) -> list[Record]:
         folder = RunFolder(path)
         path = path / folder.BENCHMARK
         if not path.exists():
-            return [record_of_run(folder)]
+            return [record_of_runs(RunFolder.find_all(name, option="--compare"), name)]
     try:
         if path.stat().st_size > 2**26:
             raise ValueError("over 64 MiB")
@@ -104,15 +114,35 @@ def with_new_keys(record: Record) -> Record:
     return record
 
 
-def record_of_run(folder: RunFolder) -> Record:
-    """The epoch times of a training run. Raises BadInput."""
-    config = folder.read_config()
-    epochs = [with_new_keys(m) for m in folder.read_metrics() if m["event"] == "epoch"]
+def record_of_runs(folders: list[RunFolder], name: str) -> Record:
+    """The epoch times of a training, or of several that differ in their seed. Raises BadInput."""
+    configs = [folder.read_config() for folder in folders]
+    facts = ("device_name", "processes", "threads")
+    kinds = {tuple(c.get(k, c["options"].get(k)) for k in (*OPTIONS, *facts)) for c in configs}
+    if len(kinds) > 1:
+        raise BadInput(f"--compare {name}: its runs did other work; name them one by one")
+    epochs = [with_new_keys(m) for f in folders for m in f.read_metrics() if m["event"] == "epoch"]
     seconds = [m["seconds"] for m in epochs if m["steps"] == m["steps_per_epoch"]]
     if not seconds:
-        raise BadInput(f"--compare {folder.path}: no complete epoch; give another run or file")
+        raise BadInput(f"--compare {name}: no complete epoch; give another run or file")
     figures = {"seconds_per_epoch": spread(seconds), "seconds_per_epoch_is": "measured"}
-    return as_record(figures, config, config["options"])
+    return as_record(figures, configs[0], configs[0]["options"]) | {"runs": len(folders)}
+
+
+def scores_in_words(name: str) -> str | None:
+    """The test scores of a run, or the mean and standard deviation of several; None without any."""
+    if not Path(name).expanduser().is_dir():
+        return None
+    folders = RunFolder.find_all(name, option="--compare")
+    tests = [[m for m in folder.read_metrics() if m["event"] == "test"][-1:] for folder in folders]
+    tests, parts = [test[0] for test in tests if test], []
+    for key, scale in (("accuracy", 100), ("bleu", 1), ("chrf", 1), ("loss", 1)):
+        values = [scale * test[key] for test in tests if key in test]
+        if values:
+            deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            parts.append(f"{key} {statistics.mean(values):.2f}{deviation}")
+    n = f" of {len(tests)} runs, mean ± standard deviation" if len(tests) > 1 else ""
+    return f"{name}: test{n}: {', '.join(parts)}" if parts else None
 
 
 # ------------------------------------------------------------------------------------------- naming
@@ -142,6 +172,7 @@ def way_of(record: Record) -> list[str]:
     attention = record.get("attention") or "fused"
     words += [f"{attention} attention"] * (attention != "fused")
     words += ["compiled"] * bool(record.get("compile"))
+    words += [f"{record.get('runs')} runs"] * ((record.get("runs") or 1) > 1)
     is_whole = "extrapolated" not in str(record.get("seconds_per_epoch_is"))
     return words if is_whole else [*words, "extrapolated from part of the epoch"]
 
@@ -207,6 +238,7 @@ def compare(names: tuple[str, ...], figure: str | None, allow_different_work: bo
         lines.append("other work, " + ("included: " if allow_different_work else "left out: "))
         lines[-1] += ", ".join(f"{kind} (records: {n})" for kind, n in kinds.items())
         lines[-1] += "" if allow_different_work else "; --allow-different-work includes it"
+    lines += filter(None, map(scores_in_words, names))
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from comp_utils import warn
-from errors import BadInput, RunFailed
+from errors import BadInput, one_line, write_failed
 
 START_OVER = "use another run, or train again"
 
@@ -47,16 +47,6 @@ def weights_checksum(weights: dict[str, Tensor]) -> str:
         parts.append(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         parts.append(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return sha256(*parts)
-
-
-def write_failed(path: Path, error: OSError) -> RunFailed:
-    """The exception for a disk that is full, read-only or gone."""
-    return RunFailed(f"{path}: cannot be written ({error.strerror}); fix that and resume")
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of bounded length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class RunFolder:
@@ -120,6 +110,15 @@ class RunFolder:
         if run_dir is None:
             raise BadInput(f"{option}: missing; {remedy}")
         raise BadInput(f"{option} {run_dir}: no such run, {missing[0]} is missing; {remedy}")
+
+    @classmethod
+    def find_all(cls, run_dir: str | None, *needed: str, **option: str) -> list["RunFolder"]:
+        """The run in a folder, or those in its folders. Raises BadInput."""
+        path = Path(run_dir or ".").expanduser()
+        below = sorted(config.parent for config in path.glob(f"*/{cls.CONFIG}"))
+        if run_dir is None or not below or (path / cls.CONFIG).exists():
+            return [cls.find(run_dir, *needed, **option)]
+        return [cls.find(str(folder), *needed, **option) for folder in below]
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import TINY, record, refuse, run_quietly, write_records
+from helpers import TINY, events, record, refuse, refuse_with, run_quietly, write_records
 
 import comp_utils
 import records
@@ -31,6 +33,31 @@ def test_a_training_run_is_a_record_too(finished):
     assert found["n_layers"] == 1 and found["dataset"] == "own data"
     assert not {"options", "classes", "checksum"} & found.keys()
     assert seconds_text(sum(seconds) / 2) in run_quietly("--compare", finished[0])
+
+
+def test_runs_of_several_seeds_are_one_record_with_mean_and_deviation(slice_of_reviews):
+    argv = [*TINY, "--dataset", slice_of_reviews, "--run-dir", "two", "--seeds", "0-1"]
+    run_quietly(*argv)
+    (found,) = read_records("two")
+    epochs = [e["seconds"] for i in (0, 1) for e in events(f"two/seed-{i}", "epoch")]
+    assert len(epochs) == 4
+    assert found["seconds_per_epoch"]["median"] == statistics.median(epochs)
+    assert found["seconds_per_epoch"]["greatest"] == max(epochs)
+    out = run_quietly("--compare", "two", "two/seed-0").splitlines()
+    assert "2 runs" in out[3] or "2 runs" in out[4]
+    values = [100 * events(f"two/seed-{i}", "test")[-1]["accuracy"] for i in (0, 1)]
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    scores = f"accuracy {mean:.2f} ± {deviation:.2f}, loss"
+    assert out[-2].startswith(f"two: test of 2 runs, mean ± standard deviation: {scores}")
+    assert out[-1].startswith(f"two/seed-0: test: accuracy {values[0]:.2f}, loss")
+
+
+def test_runs_that_did_other_work_are_not_one_record(train, capsys):
+    Path("both").mkdir()
+    for name, size in (("a", 16), ("b", 32)):
+        shutil.move(train(name, "--max-steps", 1, "--d-ff", size), f"both/{name}")
+    capsys.readouterr()
+    refuse_with(["--compare", "both"], ["--compare both", "other work", "one by one"], capsys)
 
 
 def test_records_of_earlier_versions_are_read():
