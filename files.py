@@ -267,6 +267,15 @@ def find_class_folders(folder: Path, ignored: list[str]) -> dict[Path, list[Path
     return found
 
 
+def remedy_of(path: Path) -> str:
+    """What to do with a file whose name does not say how to read it."""
+    with open(path, "rb") as file:
+        if file.read(9) == b"__label__":  # fastText's format
+            remedy = "remove each __label__, put a tab between label and text"
+            return f"{remedy}, name it .tsv, and give --columns label,text"
+    return f"its name must end in {FORMATS}, or .txt with --columns"
+
+
 def find_files(
     path: Path, columns: tuple[str, str], names: list[str] | None = None
 ) -> tuple[dict[str, list[FileSet]], list[str]]:
@@ -280,8 +289,7 @@ def find_files(
             return {"train": [pair]}, []
         form = file_format(path)
         if form not in TABLE_FORMATS and not (form == ".txt" and names):
-            remedy = f"its name must end in {FORMATS}, or .txt with --columns"
-            raise BadInput(f"--dataset {path}: not a table; {CONVERT.get(form, remedy)}")
+            raise BadInput(f"--dataset {path}: not a table; {CONVERT.get(form) or remedy_of(path)}")
         named = splits_named(path.name)
         return {named.pop() if len(named) == 1 else "train": [(path,)]}, []
     found, ignored = find_tables(path, columns, names)
@@ -289,9 +297,12 @@ def find_files(
         found = {key: tuple(files) for key, files in find_class_folders(path, ignored).items()}
     if not found:
         sides = " and ".join("." + name for name in columns)
+        remedy = "add one, or name --source-column and --target-column"
+        if any(file_format(Path(name)) == ".txt" for name in ignored):
+            remedy += "; of a file for each class make one table with a column of labels"
         raise BadInput(
             f"--dataset {path}: a folder without any table ({FORMATS}) or text files that end in "
-            f"{sides}; add one, or name --source-column and --target-column"
+            f"{sides}; {remedy}"
         )
     named = {key: splits_named(str(key)) for key in found}
     for key, splits in named.items():

@@ -155,6 +155,20 @@ def test_what_is_out_of_scope_says_what_to_convert_to(name, words):
         load(name)
 
 
+def test_other_layouts_of_labels_say_what_to_make_of_them():
+    write("x.txt", "".join(f"__label__{'pos' if i % 2 else 'neg'} film {i}\n" for i in range(60)))
+    with pytest.raises(BadInput, match=r"put a tab .*, name it .tsv, and give --columns label"):
+        load("x.txt")
+    text = Path("x.txt").read_text(encoding="utf-8").replace("__label__", "").splitlines()
+    write("x.tsv", "".join(line.replace(" ", "\t", 1) + "\n" for line in text))
+    found = all_rows("x.tsv", columns="label,text")
+    assert len(found) == 60 and found["film 7", "pos"] == 1
+    for name in ("pos", "neg"):
+        write(f"folder/{name}.txt", "a line\n")
+    with pytest.raises(BadInput, match="of a file for each class make one table"):
+        load("folder")
+
+
 def test_parquet_gives_every_row():
     rows = QUOTED + numbered(1500)  # more than one batch
     columns = {"text": [text for text, _ in rows], "label": [int(label) for _, label in rows]}
