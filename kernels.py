@@ -189,38 +189,50 @@ def dropout(X: Tensor, p: float) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sums of `optimization.loss_sums` and `count_correct` for logits = X W^T, ROWS at a time.
+    """The loss of `optimization.loss_and_counts` for logits = X W^T, ROWS at a time.
 
     All logits and their gradients would take 2 * 4 * n * V bytes, and be written and read several
     times. Here those of ROWS rows stay in the processor's cache, and their gradients are computed
-    at once. Takes X (n, d), W (V, d), targets (n), label_smoothing; returns three ().
+    at once. Takes X (c, n, d), W (V, d), targets (n), label_smoothing, r_drop; c is 2 copies of the
+    same rows if r_drop is not 0, else 1. Returns three (): loss, cross-entropy without smoothing,
+    correct targets, summed.
     """
 
     @staticmethod
     def forward(
-        ctx, X: Tensor, W: Tensor, targets: Tensor, label_smoothing: float
+        ctx, X: Tensor, W: Tensor, targets: Tensor, label_smoothing: float, r_drop: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        V, s = len(W), label_smoothing
+        c, V, s = len(X), len(W), label_smoothing
         needs_gradients = any(ctx.needs_input_grad)
         dX = torch.empty_like(X)
         dW = torch.zeros_like(W.t())  # transposed: oneDNN then copies X_c, not dlogits
-        sums = X.new_zeros(3)  # of -log p[target], of log p, of correct targets
-        for X_c, t_c, dX_c in zip(X.split(ROWS), targets.split(ROWS), dX.split(ROWS)):
-            log_p = linear(X_c, W).log_softmax(dim=-1)  # (ROWS, V)
-            target_log_p = log_p.gather(1, t_c[:, None])
-            n_correct = (log_p.max(dim=-1).indices == t_c).sum()
-            sums += torch.stack((-target_log_p.sum(), log_p.sum(), n_correct))
-            if needs_gradients:  # dlogits = p - (1 - s) * [target] - s / V
-                dlogits = log_p.exp_()
-                dlogits.scatter_add_(1, t_c[:, None], torch.full_like(target_log_p, s - 1))
+        sums = X.new_zeros(4)  # of -log p[target], log p, correct targets, disagreement
+        parts = (X.split(ROWS // c, dim=1), targets.split(ROWS // c), dX.split(ROWS // c, dim=1))
+        for X_c, t_c, dX_c in zip(*parts):  # (c, ROWS / c, d)
+            t_c = t_c.expand(c, -1)[:, :, None]  # (c, ROWS / c, 1)
+            log_p = linear(X_c, W).log_softmax(dim=-1)  # (c, ROWS / c, V)
+            target_log_p = log_p.gather(2, t_c)
+            n_correct = (log_p.max(dim=-1).indices[:, :, None] == t_c).sum()
+            sums[:3] += torch.stack((-target_log_p.sum(), log_p.sum(), n_correct))
+            if r_drop:
+                ratio = torch.stack((log_p[0] - log_p[1], log_p[1] - log_p[0]))
+            dlogits = log_p.exp_()
+            if r_drop:  # the gradient of (KL(p || q) + KL(q || p)) / 2 in the logits of p is
+                # (p * (log p - log q - KL(p || q)) + p - q) / 2; p and q may be exchanged
+                kl = (dlogits * ratio).sum(dim=-1, keepdim=True)
+                sums[3] += kl.sum() / 2
+                ratio = ratio.sub_(kl).mul_(dlogits).add_(dlogits).sub_(dlogits.flip(0))
+                dlogits.add_(ratio, alpha=r_drop / 2)
+            if needs_gradients:  # and dlogits = p - (1 - s) * [target] - s / V without r_drop
+                dlogits.scatter_add_(2, t_c, torch.full_like(target_log_p, s - 1))
                 dX_c.copy_(linear(dlogits, W.t()))
-                dW += linear(X_c.t(), dlogits.t())
+                dW += linear(X_c.flatten(0, 1).t(), dlogits.flatten(0, 1).t())
         if needs_gradients and s:  # the last term, alike in all columns
             dX -= s / V * W.sum(dim=0)
-            dW -= s / V * X.sum(dim=0)[:, None]
+            dW -= s / V * X.sum(dim=(0, 1))[:, None]
         ctx.save_for_backward(dX, dW)
-        nll, log_p_sum, n_correct = sums
-        loss = (1 - s) * nll - s / V * log_p_sum
+        nll, log_p_sum, n_correct, disagreement = sums
+        loss = (1 - s) * nll - s / V * log_p_sum + r_drop * disagreement
         nll, n_correct = nll.float(), n_correct.float()
         ctx.mark_non_differentiable(nll, n_correct)
         return loss, nll, n_correct
@@ -229,4 +241,4 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dX, dW = ctx.saved_tensors
-        return dX * d_loss, (dW * d_loss).t(), None, None
+        return dX * d_loss, (dW * d_loss).t(), None, None, None

@@ -92,10 +92,12 @@ def loss_and_counts(
     Takes the trunk's output X (b, l_x, d), and the layer that makes logits of it. On a CPU the
     logits of a translator are computed for the real targets alone, and never all at once.
     """
-    if isinstance(output, Unembedding) and not r_drop and not kernels.is_plain(X):
-        rows = (tgt_out.flatten() != NO_TARGET).nonzero()[:, 0]  # (n)
-        X, targets = X.flatten(0, 1)[rows], tgt_out.flatten()[rows]
-        return kernels.LinearCrossEntropy.apply(X, output.W_u, targets, label_smoothing)
+    if isinstance(output, Unembedding) and not kernels.is_plain(X):
+        copies = 2 if r_drop else 1
+        rows = (tgt_out.flatten() != NO_TARGET).nonzero()[:, 0]  # (copies * n)
+        X, targets = X.flatten(0, 1)[rows], tgt_out.flatten()[rows[: len(rows) // copies]]
+        X = X.unflatten(0, (copies, -1))
+        return kernels.LinearCrossEntropy.apply(X, output.W_u, targets, label_smoothing, r_drop)
     logits = output(X)  # (b, l_x, n_vocab or n_classes)
     loss_sum, nll_sum = loss_sums(logits, tgt_out, label_smoothing)
     if r_drop:

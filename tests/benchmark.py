@@ -226,11 +226,11 @@ class Logits(nn.Module):
 
 
 class PlainCrossEntropy:
-    """`kernels.LinearCrossEntropy` of all logits at once, by torch."""
+    """`kernels.LinearCrossEntropy` of all logits at once, by torch, without R-Drop."""
 
     @staticmethod
-    def apply(X: Tensor, W: Tensor, targets: Tensor, label_smoothing: float) -> tuple:
-        logits = kernels.linear(X, W)[None]
+    def apply(X: Tensor, W: Tensor, targets: Tensor, label_smoothing: float, _: float) -> tuple:
+        logits = kernels.linear(X, W)  # (1, n, V)
         return *loss_sums(logits, targets[None], label_smoothing), count_correct(logits, targets)
 
 

@@ -64,7 +64,7 @@ def test_loss_of_logits_in_parts_matches_that_of_all_at_once(dtype, smoothing, n
     targets = torch.randint(11, (n_rows,))
 
     def in_parts(X, W):
-        return kernels.LinearCrossEntropy.apply(X, W, targets, smoothing)[0][None] * 3
+        return kernels.LinearCrossEntropy.apply(X[None], W, targets, smoothing, 0.0)[0][None] * 3
 
     def at_once(X, W):
         kinds = {"reduction": "sum", "label_smoothing": smoothing}
@@ -72,10 +72,33 @@ def test_loss_of_logits_in_parts_matches_that_of_all_at_once(dtype, smoothing, n
 
     atol = TOLERANCE[dtype] * n_rows
     assert_close(gradients_of(in_parts, X, W), gradients_of(at_once, X, W), rtol=1e-5, atol=atol)
-    _, nll, n_correct = kernels.LinearCrossEntropy.apply(X, W, targets, smoothing)
+    _, nll, n_correct = kernels.LinearCrossEntropy.apply(X[None], W, targets, smoothing, 0.0)
     nll_at_once = loss_sums((X @ W.T)[None], targets[None], smoothing)[1]
     assert_close(nll, nll_at_once, rtol=1e-5, atol=atol)
     assert n_correct == ((X @ W.T).argmax(dim=-1) == targets).sum()
+
+
+@each_dtype
+@pytest.mark.parametrize("n_rows", [1, 128, 300])
+def test_r_drop_in_parts_matches_that_of_all_at_once(dtype, n_rows):
+    X, W = torch.randn(2, n_rows, 8, dtype=dtype), torch.randn(11, 8, dtype=dtype)
+    targets = torch.randint(11, (n_rows,))
+
+    def in_parts(X, W):
+        return kernels.LinearCrossEntropy.apply(X, W, targets, 0.1, 3.0)[0][None]
+
+    def at_once(X, W):
+        log_p = (X @ W.T).log_softmax(dim=-1)
+        both = sum(
+            F.kl_div(log_p[1 - i], log_p[i], log_target=True, reduction="sum") for i in (0, 1)
+        )
+        loss = F.cross_entropy(
+            (X @ W.T).flatten(0, 1), targets.repeat(2), reduction="sum", label_smoothing=0.1
+        )
+        return (loss + 3.0 * both / 2)[None]
+
+    atol = 10 * TOLERANCE[dtype] * n_rows
+    assert_close(gradients_of(in_parts, X, W), gradients_of(at_once, X, W), rtol=1e-5, atol=atol)
 
 
 def functions_of(loss: Tensor) -> set[str]:
@@ -99,20 +122,26 @@ def padded_batch(n_vocab: int) -> Batch:
 
 @each_dtype
 @pytest.mark.parametrize("kind", [Transformer, TransformerClassifier])
-def test_a_model_has_the_same_loss_and_gradients_in_plain_forms(kind, dtype, monkeypatch):
+@pytest.mark.parametrize("r_drop", [0.0, 4.0])
+def test_a_model_has_the_same_loss_and_gradients_in_plain_forms(kind, dtype, r_drop, monkeypatch):
     config = ModelConfig(n_layers=2, d_model=16, d_ff=24, n_heads=2, dropout=0.0)
     sizes = {"n_classes": 5} if kind is TransformerClassifier else {}
     model = kind(config, n_vocab=13, max_len=9, pad_id=0, **sizes).to(dtype)
     batch = padded_batch(13)
     if sizes:
         batch = Batch(batch.src, batch.tgt_in[:, :1], torch.tensor([[4], [0], [2], [1]]), 4, 24)
+    if r_drop:  # two copies, whose tokens differ in place of dropout
+        src, tgt_in, tgt_out = batch.repeat(2)
+        batch = Batch(src, torch.where(tgt_in > 2, tgt_in.roll(1, 0), tgt_in), tgt_out, 40, 80)
     results = []
     for plain in (False, True):
         monkeypatch.setattr(kernels, "PLAIN", plain)
         loss, nll, n_correct = model(
             batch.src,
             batch.tgt_in,
-            lambda X, output: loss_and_counts(X, output, batch.tgt_out, label_smoothing=0.1),
+            lambda X, output: loss_and_counts(
+                X, output, batch.tgt_out, label_smoothing=0.1, r_drop=r_drop
+            ),
         )
         kinds = functions_of(loss)
         assert ("OneDNNFeedForwardBackward" in kinds) == (dtype == torch.float32 and not plain)
