@@ -37,7 +37,8 @@ def inspect(job: Job, epoch: int) -> tuple[dict[str, float], list[str]]:
     lines = [format_sample(source=s, reference=r, hypothesis=h) for s, r, h in sample]
     if not is_scored:
         return {}, lines
-    scores = translation_scores(hypotheses, rows["target"], search.bleu_tokenize)
+    how = {"tokenize": search.bleu_tokenize, "ignore_case": job.codec.ignores_case}
+    scores = translation_scores(hypotheses, rows["target"], **how)
     return {"bleu": scores["bleu"]}, lines
 
 
@@ -67,9 +68,9 @@ def score_split(job: Job, folder: RunFolder, split: str, *, is_drawn: bool, **fa
     if not data.classes:
         for kind, texts in (("hypotheses", hypotheses), ("references", references)):
             folder.write_text(f"{split}.{kind}.txt", "".join(f"{text}\n" for text in texts))
-        tokenize = predictor.search.bleu_tokenize
+        how = {"tokenize": predictor.search.bleu_tokenize, "ignore_case": job.codec.ignores_case}
         scores |= {"beam_size": predictor.search.beam_size}
-        scores |= translation_scores(hypotheses, references, tokenize)
+        scores |= translation_scores(hypotheses, references, **how)
     folder.log_test(dataset=name, split=split, sentences=n, **facts, **scores)
     say(f"{split} of {n:,} sentences: {format_scores(scores)}")
     if not data.classes:

@@ -88,17 +88,23 @@ def bleu_tokenizer(references: list[str]) -> str:
 
 
 def translation_scores(
-    hypotheses: list[str], references: list[str], tokenize: str | None = None
+    hypotheses: list[str],
+    references: list[str],
+    tokenize: str | None = None,
+    *,
+    ignore_case: bool = False,
 ) -> dict[str, Any]:
     """Corpus scores by sacrebleu of `comparable` texts, with the signature that reproduces them.
 
     tokenize: sacrebleu's tokenizer for "bleu"; None chooses by the script of the references.
+    ignore_case: for a translator that knows lower case alone.
     "bleu_lowercase_13a" is close to the tokenized, lower-cased BLEU of papers on Multi30k.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
     hypotheses, references = comparable(hypotheses), comparable(references)
-    bleu, chrf = BLEU(tokenize=tokenize or bleu_tokenizer(references)), CHRF()
+    tokenize = tokenize or bleu_tokenizer(references)
+    bleu, chrf = BLEU(lowercase=ignore_case, tokenize=tokenize), CHRF(lowercase=ignore_case)
     lowercase = BLEU(lowercase=True, tokenize="13a")
     return {
         "bleu": bleu.corpus_score(hypotheses, [references]).score,
@@ -124,8 +130,7 @@ def warn_if_not_reversible(codec: TextCodec, references: list[str]) -> None:
 
     Whitespace and Unicode normal form do not count, nor does case if the tokenizer lower-cases.
     """
-    normalizer = codec.tokenizer.normalizer
-    case = str.casefold if normalizer and normalizer.normalize_str("A") == "a" else str
+    case = str.casefold if codec.ignores_case else str
     pairs = zip(references, codec.tokenizer.decode_batch(codec.encode(references)))
     pairs = [[" ".join(text.split()) for text in comparable(pair)] for pair in pairs]
     changed = [(before, after) for before, after in pairs if case(before) != case(after)]

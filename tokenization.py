@@ -50,6 +50,12 @@ class TextCodec:
         """Rows that an embedding needs."""
         return max(self.tokenizer.get_vocab().values()) + 1
 
+    @property
+    def ignores_case(self) -> bool:
+        """Whether the tokenizer lower-cases its text."""
+        normalizer = self.tokenizer.normalizer
+        return normalizer is not None and normalizer.normalize_str("A") == "a"
+
     def encode(self, texts: list[str], by: Tokenizer | None = None) -> list[list[int]]:
         """The ids of the first MAX_CHARACTERS of each text, without special tokens."""
         texts = [text[:MAX_CHARACTERS] for text in texts]

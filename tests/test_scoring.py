@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from helpers import events, refuse_with, toy_corpus, translate_toy, write_text_l
 from matplotlib.image import imread
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+import decoding
 import main
 from config import DecodingConfig, TokenizerConfig
 from scoring import (
@@ -160,6 +162,20 @@ def test_bleu_of_a_nearly_right_translation_is_sacrebleus_and_not_0(references, 
     assert f"|tok:{used}|" in scores["signature"]
 
 
+@pytest.mark.parametrize("lowercase, score, case", [(True, 100.0, "lc"), (False, 0.0, "mixed")])
+def test_case_does_not_count_if_the_tokenizer_lower_cases(lowercase, score, case, monkeypatch):
+    Path("data").mkdir()
+    toy_corpus(Path("data"), lambda line: [word.upper() for word in line], n=100)
+    answer = [text.lower() for text in Path("data/test.out").read_text().splitlines()]
+    monkeypatch.setattr("predict.Predictor.__call__", lambda self, texts: answer[: len(texts)])
+    option = "--lowercase" if lowercase else "--no-lowercase"
+    assert translate_toy(Path("data"), "--max-steps", "1", option) == 0
+    (test,) = events("run", "test")
+    assert test["bleu"] == pytest.approx(score, abs=0.1)
+    assert test["bleu_lowercase_13a"] == pytest.approx(100)
+    assert test["signature"].count(f"case:{case}") == 2
+
+
 @pytest.mark.parametrize("name, extra", [("ja-mecab", "ja"), ("ko-mecab", "ko")])
 def test_a_tokenizer_that_is_not_installed_is_refused_before_training(
     name, extra, installed, capsys
@@ -219,8 +235,13 @@ def test_the_signature_is_printed_once_and_follows_the_option(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_translation_without_end_is_drawn_no_larger_than_can_be_read(tmp_path):
+def test_a_translation_without_end_is_drawn_no_larger_than_can_be_read(tmp_path, monkeypatch):
     toy_corpus(tmp_path, list, n=100)
+
+    def endless(model, src, **ends):
+        return [[50] * limit for limit in decoding.length_limits(src != model.pad_id).tolist()]
+
+    monkeypatch.setattr("predict.greedy", endless)
     assert translate_toy(tmp_path, "--max-steps", "1", "--beam-size", "1") == 0
     assert max(map(len, (tmp_path / "run/test.hypotheses.txt").read_text().splitlines())) > 40
     assert max(imread(tmp_path / "run" / "attention.png").shape) < 5000
