@@ -48,8 +48,8 @@ class EnsembleCache:
 class Ensemble(nn.Module):
     """Models with the same vocabulary, or the same classes, that answer together.
 
-    Each is trained as it would be alone, with its own initial weights and dropout; gradients are
-    clipped together. It is used like a `Transformer` or a `TransformerClassifier`.
+    Each is trained as it would be alone, with its own initial weights and dropout, on the same
+    batches. It is used like a `Transformer` or a `TransformerClassifier`.
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:

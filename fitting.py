@@ -12,6 +12,7 @@ BATCHES = {"classification": ("batch_size", 8, 64), "translation": ("batch_token
 # An epoch of few steps is repeated until there are so many steps, but not more than so many times.
 LEAST_STEPS = {"classification": 1000, "translation": 4000}
 MOST_EPOCHS = 60
+MOST_FOR_ENSEMBLE = 10_000  # sentences of a classifier; with more, one model is trained
 
 
 def has_fitted_defaults(options: SimpleNamespace) -> bool:
@@ -19,16 +20,21 @@ def has_fitted_defaults(options: SimpleNamespace) -> bool:
     return options.dataset not in RECIPES and not options.workload
 
 
-def fit_batch(options: SimpleNamespace, given: dict[str, Any], n_sentences: int) -> list[str]:
-    """Sets the size of a batch, unless it was given. Returns the option, as it is written."""
-    name, least, most = BATCHES[options.task]
-    if not has_fitted_defaults(options) or BATCH_LIMITS & given.keys():
+def fit_sizes(options: SimpleNamespace, given: dict[str, Any], n_sentences: int) -> list[str]:
+    """Sets the size of a batch and of the ensemble, unless given. Returns the options changed."""
+    if not has_fitted_defaults(options):
         return []
-    size = n_sentences // 32
-    if name == "batch_tokens":  # which must hold the longest sentence
-        size, least = 8 * size, max(least, options.max_length)
-    setattr(options, name, max(least, min(most, size)))
-    return [format_option(name, getattr(options, name))]
+    name, least, most = BATCHES[options.task]
+    fitted = {}
+    if not BATCH_LIMITS & given.keys():
+        size = n_sentences // 32
+        if name == "batch_tokens":  # which must hold the longest sentence
+            size, least = 8 * size, max(least, options.max_length)
+        fitted[name] = max(least, min(most, size))
+    if options.ensemble > 1 and "ensemble" not in given:
+        fitted["ensemble"] = 1 if n_sentences > MOST_FOR_ENSEMBLE else options.ensemble
+    vars(options).update(fitted)
+    return [format_option(name, value) for name, value in fitted.items()]
 
 
 def fit_epochs(options: SimpleNamespace, given: dict[str, Any], steps_per_epoch: int) -> list[str]:

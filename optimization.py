@@ -17,6 +17,7 @@ from components import Unembedding
 from data import NO_TARGET, Batch
 from ddp_utils import defer_sync, sum_across_ranks, world_size
 from errors import RunFailed
+from models import EncoderDecoder
 
 # ------------------------------------------------------------------------------------ learning rate
 
@@ -192,7 +193,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)  # before clipping, or max_norm means nothing
-    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for one in [m for m in model.modules() if isinstance(m, EncoderDecoder)] or [model]:
+        nn.utils.clip_grad_norm_(one.parameters(), max_norm)  # each model of an ensemble
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ from ddp_utils import (
     world_size,
 )
 from errors import BadInput
-from fitting import fit_batch, fit_epochs
+from fitting import fit_epochs, fit_sizes
 from jobs import Job, Options, add_to, build_model, own_device, raise_problems
 from measure import work_fingerprint
 from models import count_parameters
@@ -66,7 +66,7 @@ def load_data(
         splits = load_splits(extract_config(DataConfig, options))
     tables = splits.tables
     if given is not None:
-        fitted += fit_batch(options, given, len(tables["train"]))
+        fitted += fit_sizes(options, given, len(tables["train"]))
     config = extract_config(DataConfig, options)
 
     def tokenizer_text() -> str:

@@ -51,6 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "n_layers": 1,
         "d_ff": 128,
         "dropout": 0.5,
+        "ensemble": 4,
         "r_drop": 5.0,
         "epochs": 8,
         "lr": 2e-3,
@@ -84,7 +85,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
         "n_heads": 8,
         "dropout": 0.1,
     },
-    "reviews": {"dataset": "rotten_tomatoes", **RECIPES["rotten_tomatoes"]},
+    "reviews": {"dataset": "rotten_tomatoes", **RECIPES["rotten_tomatoes"], "ensemble": 1},
     "translation": {"dataset": "libreoffice_help", **RECIPES["libreoffice_help"]},
 }
 RECIPE_OF_TASK = {RECIPES[name]["task"]: name for name in reversed(RECIPES)}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from runs import resume, stop_after
 
 import decoding
 import jobs
-from data import NO_TARGET
+from data import NO_TARGET, Batch
 from decoding import beam_search, greedy
 from ensemble import Ensemble
-from optimization import loss_and_counts
+from optimization import loss_and_counts, train_step
 
 SIZES = ({}, {"d_model": 24}, {"n_layers": 1, "n_heads": 2})  # the models may differ
 ENDS = {"bos_id": 1, "eos_id": EOS}
@@ -59,6 +60,24 @@ def test_each_model_is_trained_as_it_would_be_alone(make, r_drop):
     torch.testing.assert_close(sums[0], sum(each[0] for each in alone))
     for i in (1, 2):  # what is logged is the mean
         torch.testing.assert_close(sums[i], sum(each[i] for each in alone) / 3)
+
+
+def test_the_gradients_of_each_model_are_clipped_by_its_own_norm():
+    src, tgt_in = inputs(transformer)
+    batch = Batch(src, tgt_in, targets(transformer, tgt_in), n_targets=13, n_tokens=25)
+
+    def step(model):
+        optimizer = torch.optim.SGD(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        how = {"lr": 1.0, "max_norm": 0.01, "label_smoothing": 0.1}
+        train_step(model.train(), [batch], optimizer, scaler, nullcontext(), **how)
+
+    together, alone = of_three(transformer), of_three(transformer)
+    step(together)
+    for each in alone.models:
+        step(each)
+    for ours, p in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, p, rtol=0, atol=1e-12)
 
 
 def test_a_cached_step_is_the_last_row_of_the_trunk_as_hypotheses_branch():

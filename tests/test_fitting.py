@@ -8,13 +8,13 @@ import pytest
 from helpers import csv_bytes, run_quietly, write_files
 
 import settings
-from fitting import fit_batch, fit_epochs
+from fitting import fit_epochs, fit_sizes
 
 
 def fitted(n: int, steps_per_epoch: int, **given) -> dict:
     given = {"dataset": "mine.csv", **given}
     options = settings.resolve(given)
-    fit_batch(options, given, n)
+    fit_sizes(options, given, n)
     fit_epochs(options, given, steps_per_epoch)
     return vars(options)
 
@@ -25,6 +25,14 @@ def test_a_batch_is_a_32nd_of_the_data_within_bounds(n, size):
     translator = fitted(n, 10, task="translation")
     assert translator["batch_size"] is None
     assert translator["batch_tokens"] == min(1024, max(256, n // 32 * 8))
+
+
+@pytest.mark.parametrize("n, models", [(50, 4), (10_000, 4), (10_001, 1)])
+def test_several_models_are_trained_on_few_sentences(n, models):
+    assert fitted(n, 10)["ensemble"] == models
+    assert fitted(n, 10, task="translation")["ensemble"] == 1
+    assert fitted(n, 10, ensemble=2)["ensemble"] == 2
+    assert fitted(n, 10, model="tiny")["ensemble"] == 1
 
 
 def test_a_batch_holds_the_longest_sentence():
@@ -48,7 +56,7 @@ def test_what_is_given_stays_as_it_is():
     for known in ({"dataset": "rotten_tomatoes"}, {"workload": "original"}):
         options = settings.resolve(known)
         before = dict(vars(options))
-        assert fit_batch(options, known, 50) == fit_epochs(options, known, 3) == []
+        assert fit_sizes(options, known, 50) == fit_epochs(options, known, 3) == []
         assert vars(options) == before
 
 
@@ -56,7 +64,9 @@ def test_a_run_says_what_was_chosen_and_resumes_with_it():
     write_files({"mine.csv": csv_bytes([(f"w{i} x", "ab"[i % 2]) for i in range(100)])})
     argv = ["--dataset", "mine.csv", "--run-dir", "r", "--device", "cpu", "--d-model", 8]
     out = run_quietly(*argv, "--max-steps", 3)
-    assert re.search(r"defaults for \d+ sentences: --batch-size 8 --epochs \d+ --warmup", out)
+    assert re.search(
+        r"defaults for \d+ sentences: --batch-size 8 --ensemble 4 --epochs \d+ --warmup", out
+    )
     chosen = json.loads(Path("r/config.json").read_text(encoding="utf-8"))["options"]
     assert chosen["batch_size"] == 8 and chosen["epochs"] > 8
     run_quietly("--resume", "--run-dir", "r", "--max-steps", 5)
