@@ -147,6 +147,7 @@ def train(argv: list[str]) -> None:
     """Tokens of source and target in a second of training, ours and others', and of ours without
     each of the fast forms; and the share of the time that the products alone would take."""
     given, problems = settings.parse_args(argv)
+    given = {"ensemble": 1, **given}  # the others train one model
     options = settings.resolve(given)
     jobs.raise_problems(problems + settings.option_problems(options, given))
     set_seed(options.seed)
