@@ -25,7 +25,6 @@ SMALL = (
 # By task; an epoch has 5 steps, not a multiple of the steps between two checkpoints.
 COMMANDS = {
     "classification": f"{SMALL} --batch-size 16 --accumulate 2 --r-drop 1 --checkpoint-every 1 "
-    "--ensemble 2 "
     "--validate-every 2",
     "translation": f"{SMALL} --task translation --source-column in --target-column out "
     "--batch-tokens 192 --max-length 32 --precision bf16 --checkpoint-every 2 --beam-size 1",

@@ -290,7 +290,7 @@ def test_a_word_that_decides_is_learned():
 @pytest.mark.parametrize("change", [list, lambda line: line[::-1]], ids=["copy", "reversal"])
 def test_a_toy_task_is_learned_to_the_last_sentence_of_the_test_split(tmp_path, capsys, change):
     toy_corpus(tmp_path, change)
-    assert translate_toy(tmp_path, "--epochs", "20", "--average-checkpoints", "1") == 0
+    assert translate_toy(tmp_path, "--epochs", "25", "--average-checkpoints", "1") == 0
     hypotheses = (tmp_path / "run" / "test.hypotheses.txt").read_text()
     assert hypotheses == (tmp_path / "test.out").read_text()
     assert (
@@ -298,7 +298,7 @@ def test_a_toy_task_is_learned_to_the_last_sentence_of_the_test_split(tmp_path, 
     )  # a picture, and not blank
     out = capsys.readouterr().out
     assert "BLEU 100.0" in out
-    assert out.count("  hypothesis  ") == 2 * 20
+    assert out.count("  hypothesis  ") == 2 * 25
 
     # Using the model takes its folder alone; a blank line stays one.
     write_text_lines(tmp_path / "new.txt", ["a b c", "", "h g"])
