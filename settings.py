@@ -171,8 +171,8 @@ def build_parser(groups: Groups = GROUPS) -> Parser:
         description="Trains and tests the Transformer of Attention Is All You Need. Without "
         "options: on embedded movie reviews, on the best device of this machine. The defaults "
         f"below are those of {DataConfig.dataset}; libreoffice_help and --task translation have "
-        "others, and for your own data --batch-size, --epochs and --warmup-steps follow from its "
-        "size. config.json of a run lists all.",
+        "others, and for your own data --batch-size, --ensemble, --epochs and --warmup-steps "
+        "follow from its size. config.json of a run lists all.",
         epilog=EXAMPLES,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=100),
         argument_default=argparse.SUPPRESS,
