@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -49,12 +50,14 @@ class Ensemble(nn.Module):
     """Models with the same vocabulary, or the same classes, that answer together.
 
     Each is trained as it would be alone, with its own initial weights and dropout, on the same
-    batches. It is used like a `Transformer` or a `TransformerClassifier`.
+    batches. It is used like a `Transformer` or a `TransformerClassifier`. Those of an ensemble
+    among the models are all models of this one.
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.models = nn.ModuleList(models)
+        parts = (m.models if isinstance(m, Ensemble) else [m] for m in models)
+        self.models = nn.ModuleList(chain.from_iterable(parts))
         self.output = MeanOutput(self.models)
 
     def forward(self, src: Tensor, tgt_in: Tensor, loss: Loss | None = None) -> Any:

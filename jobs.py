@@ -174,7 +174,7 @@ def load_job(given: dict[str, Any], problems: list[str]) -> tuple[Job, RunFolder
         return Job(options, device, codec, classes, models[0]), folder
     if rank() == 0:
         names = ", ".join(f.path.name for f in folders)
-        print(f"averaging the probabilities of {len(models)} models: {names}", file=sys.stderr)
+        print(f"averaging the probabilities of {len(models)} runs: {names}", file=sys.stderr)
     return Job(options, device, codec, classes, Ensemble(models)), RunFolder(folder.path.parent)
 
 

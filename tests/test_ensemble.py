@@ -151,6 +151,19 @@ def test_the_runs_of_a_folder_answer_together(slice_of_reviews, capsys):
     assert test["loss"] <= np.mean(scores)  # the logarithm is concave
 
 
+def test_runs_of_a_folder_may_be_ensembles(train):
+    Path("both").mkdir()
+    for i, n in enumerate((2, 1)):
+        shutil.move(train(f"r{i}", "--max-steps", 1, "--ensemble", n, "--seed", i), "both")
+    text = ["a wonderful , moving film"]
+    (one,), (two,) = (jobs.load(f"both/r{i}", device="cpu").probabilities(text) for i in (0, 1))
+    predictor = jobs.load("both", device="cpu")
+    (all_three,) = predictor.probabilities(text)
+    assert len(predictor.model.models) == 3
+    for label, p in all_three.items():
+        assert p == pytest.approx((2 * one[label] + two[label]) / 3, abs=1e-6)
+
+
 def test_runs_with_other_tokenizers_cannot_answer_together(train, capsys):
     Path("both").mkdir()
     for name, size in (("a", 300), ("b", 310)):
