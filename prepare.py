@@ -1,5 +1,4 @@
-"""From options to a job that trains: a new run, one that goes on, or one that begins with another's
-weights."""
+"""From options to a job that trains: a new run, a resumed one, or one that begins with weights."""
 
 import math
 from types import SimpleNamespace
