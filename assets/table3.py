@@ -20,7 +20,7 @@ PROJECT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2)
 BASE = (
     "--n-layers 3 --d-model 128 --d-ff 512 --n-heads 8 --dropout 0.1 --label-smoothing 0.1 "
-    "--batch-tokens 1024 --epochs 4 --warmup-steps 500 --average-checkpoints 1"
+    "--batch-tokens 1024 --epochs 3 --warmup-steps 500 --average-checkpoints 1"
 )
 
 
