@@ -131,7 +131,8 @@ def record_of_runs(folders: list[RunFolder], name: str) -> Record:
 
 def scores_in_words(name: str) -> str | None:
     """The test scores of a run, or the mean and standard deviation of several; None without any."""
-    if not Path(name).expanduser().is_dir():
+    path = Path(name).expanduser()
+    if not path.is_dir() or (path / RunFolder.BENCHMARK).exists():
         return None
     folders = RunFolder.find_all(name, option="--compare")
     tests = [[m for m in folder.read_metrics() if m["event"] == "test"][-1:] for folder in folders]

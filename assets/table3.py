@@ -16,6 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from ddp_utils import usable_cores
+
 PROJECT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2)
 BASE = (
@@ -163,7 +167,7 @@ def main(argv: list[str]) -> None:
     folder, more = Path(argv[0]), argv[1:]
     figure = more.pop(0) if more and not more[0].startswith("-") else None
     tasks = [(row, seed, folder, more) for seed in SEEDS for row in ROWS]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for _ in pool.map(lambda task: train(*task), tasks):
             pass
     found = {row.name: scores_of(row, folder) for row in ROWS}

@@ -52,6 +52,12 @@ def test_runs_of_several_seeds_are_one_record_with_mean_and_deviation(slice_of_r
     assert out[-1].startswith(f"two/seed-0: test: accuracy {values[0]:.2f}, loss")
 
 
+def test_a_folder_with_a_record_alone_is_compared():
+    Path("alone").mkdir()
+    write_records("alone/benchmark.json", record(3))
+    assert "3    1.5         6  Some" in run_quietly("--compare", "alone")
+
+
 def test_runs_that_did_other_work_are_not_one_record(train, capsys):
     Path("both").mkdir()
     for name, size in (("a", 16), ("b", 32)):
