@@ -135,6 +135,14 @@ def linear(X: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return product(X, getattr(W, "packed", W), b)
 
 
+def add_product(Y: Tensor, X: Tensor, W: Tensor) -> None:
+    """Y += X W^T, without gradients."""
+    if uses_onednn(X, W):
+        Y += product(X, W)
+    else:
+        Y.addmm_(X, W.t())
+
+
 def feed_forward(X: Tensor, W_1: Tensor, b_1: Tensor, W_2: Tensor, b_2: Tensor) -> Tensor:
     """W_2 relu(W_1 x + b_1) + b_2: X (..., d_model), W_1 (d_ff, d_model), W_2 (d_model, d_ff)."""
     if not uses_onednn(X, W_1):
@@ -210,25 +218,32 @@ class LinearCrossEntropy(torch.autograd.Function):
         parts = (X.split(ROWS // c, dim=1), targets.split(ROWS // c), dX.split(ROWS // c, dim=1))
         for X_c, t_c, dX_c in zip(*parts):  # (c, ROWS / c, d)
             t_c = t_c.expand(c, -1)[:, :, None]  # (c, ROWS / c, 1)
-            log_p = linear(X_c, W).log_softmax(dim=-1)  # (c, ROWS / c, V)
-            target_log_p = log_p.gather(2, t_c)
-            n_correct = (log_p.max(dim=-1).indices[:, :, None] == t_c).sum()
-            sums[:3] += torch.stack((-target_log_p.sum(), log_p.sum(), n_correct))
+            logits = linear(X_c, W)  # (c, ROWS / c, V)
+            logits -= logits.amax(dim=-1, keepdim=True)
+            target_logits = logits.gather(2, t_c)
+            logit_sum = logits.sum()
             if r_drop:
-                ratio = torch.stack((log_p[0] - log_p[1], log_p[1] - log_p[0]))
+                ratio = torch.stack((logits[0] - logits[1], logits[1] - logits[0]))
+            # log p = logits - log_Z; torch's log_softmax would compute all exponentials twice
+            p = logits.exp_()
+            Z = p.sum(dim=-1, keepdim=True)  # (c, ROWS / c, 1)
+            log_Z = Z.log()
+            nll, n_correct = (log_Z - target_logits).sum(), (target_logits == 0).sum()
+            sums[:3] += torch.stack((nll, logit_sum - V * log_Z.sum(), n_correct))
             if not (needs_gradients or r_drop):
                 continue
-            dlogits = log_p.exp_()
+            dlogits = p.div_(Z)
             if r_drop:  # the gradient of (KL(p || q) + KL(q || p)) / 2 in the logits of p is
                 # (p * (log p - log q - KL(p || q)) + p - q) / 2; p and q may be exchanged
+                ratio -= log_Z - log_Z.flip(0)
                 kl = (dlogits * ratio).sum(dim=-1, keepdim=True)
                 sums[3] += kl.sum() / 2
                 ratio = ratio.sub_(kl).mul_(dlogits).add_(dlogits).sub_(dlogits.flip(0))
                 dlogits.add_(ratio, alpha=r_drop / 2)
             # dlogits = p - (1 - s) * [target] - s / V, without r_drop
-            dlogits.scatter_add_(2, t_c, torch.full_like(target_log_p, s - 1))
+            dlogits.scatter_add_(2, t_c, torch.full_like(target_logits, s - 1))
             dX_c.copy_(linear(dlogits, W.t()))
-            dW += linear(X_c.flatten(0, 1).t(), dlogits.flatten(0, 1).t())
+            add_product(dW, X_c.flatten(0, 1).t(), dlogits.flatten(0, 1).t())
         if needs_gradients and s:  # the last term, alike in all columns
             dX -= s / V * W.sum(dim=0)
             dW -= s / V * X.sum(dim=(0, 1))[:, None]
