@@ -1,6 +1,6 @@
 """The paper's Table 3 at a small scale: python assets/table3.py FOLDER [FIGURE]
 
-Trains each row of *Attention Is All You Need*, Table 3, with a quarter of its width, half of its
+Trains each row of *Attention Is All You Need*, Table 3, with an eighth of its width, half of its
 layers and three seeds on libreoffice_help, as many runs at once as there are cores, and prints
 perplexity and BLEU of the test split beside the paper's. Runs that are there are not repeated; one
 that was stopped is resumed. Further options of main.py may follow FIGURE.
@@ -23,8 +23,8 @@ from ddp_utils import usable_cores
 PROJECT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2)
 BASE = (
-    "--n-layers 3 --d-model 128 --d-ff 512 --n-heads 8 --dropout 0.1 --label-smoothing 0.1 "
-    "--batch-tokens 1024 --epochs 3 --warmup-steps 500 --average-checkpoints 1"
+    "--n-layers 3 --d-model 64 --d-ff 256 --n-heads 8 --dropout 0.1 --label-smoothing 0.1 "
+    "--batch-tokens 512 --epochs 2 --warmup-steps 500 --average-checkpoints 1"
 )
 
 
@@ -44,15 +44,15 @@ ROWS = (
     Row("A2", "h 4, d_k 128", "--n-heads 4", 5.00, 25.5),
     Row("A3", "h 16, d_k 32", "--n-heads 16", 4.91, 25.8),
     Row("A4", "h 32, d_k 16", "--n-heads 32", 5.01, 25.4),
-    Row("B1", "d_k 16", "--d-attn 4", 5.16, 25.1),
-    Row("B2", "d_k 32", "--d-attn 8", 5.01, 25.4),
+    Row("B1", "d_k 16", "--d-attn 2", 5.16, 25.1),
+    Row("B2", "d_k 32", "--d-attn 4", 5.01, 25.4),
     Row("C1", "N 2", "--n-layers 1", 6.11, 23.7),
     Row("C2", "N 4", "--n-layers 2", 5.19, 25.3),
     Row("C3", "N 8", "--n-layers 4", 4.88, 25.5),
-    Row("C4", "d_model 256, d_k 32", "--d-model 64", 5.75, 24.5),
-    Row("C5", "d_model 1024, d_k 128", "--d-model 256", 4.66, 26.0),
-    Row("C6", "d_ff 1024", "--d-ff 256", 5.12, 25.4),
-    Row("C7", "d_ff 4096", "--d-ff 1024", 4.75, 26.2),
+    Row("C4", "d_model 256, d_k 32", "--d-model 32", 5.75, 24.5),
+    Row("C5", "d_model 1024, d_k 128", "--d-model 128", 4.66, 26.0),
+    Row("C6", "d_ff 1024", "--d-ff 128", 5.12, 25.4),
+    Row("C7", "d_ff 4096", "--d-ff 512", 4.75, 26.2),
     Row("D1", "P_drop 0.0", "--dropout 0.0", 5.77, 24.6),
     Row("D2", "P_drop 0.2", "--dropout 0.2", 4.95, 25.5),
     Row("D3", "eps_ls 0.0", "--label-smoothing 0.0", 4.67, 25.3),
