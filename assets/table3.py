@@ -2,8 +2,9 @@
 
 Trains each row of *Attention Is All You Need*, Table 3, with an eighth of its width, half of its
 layers and three seeds on libreoffice_help, as many runs at once as there are cores, and prints
-perplexity and BLEU of the test split beside the paper's. Runs that are there are not repeated; one
-that was stopped is resumed. Further options of main.py may follow FIGURE.
+perplexity and BLEU of the test split beside the paper's. FOLDER/scores.jsonl has a line for each
+finished run; these are not repeated, and one that was stopped is resumed. assets/table3.jsonl has
+the lines of the table in docs/results.md. Further options of main.py may follow FIGURE.
 """
 
 import json
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp_utils import usable_cores
 
 PROJECT = Path(__file__).parent.parent
+SCORES = "scores.jsonl"
 SEEDS = (0, 1, 2)
 BASE = (
     "--n-layers 3 --d-model 64 --d-ff 256 --n-heads 8 --dropout 0.1 --label-smoothing 0.1 "
@@ -71,37 +73,55 @@ class Scores(NamedTuple):
 
 def train(row: Row, seed: int, folder: Path, more: list[str]) -> None:
     """A run, on one thread, unless it is finished."""
-    run = folder / row.name / f"seed-{seed}"
-    if test_of(run):
+    run, options = folder / row.name / f"seed-{seed}", options_of(row, more)
+    if any(line["seed"] == seed for line in lines_of(row, folder, more)):
         return
-    argv = ["--run-dir", str(run), "--resume"]
-    if not (run / "last.pt").exists():
-        argv = ["--dataset", "libreoffice_help", *BASE.split(), *row.options.split(), *more]
-        argv += ["--seed", str(seed), "--run-dir", str(run)]
-    command = [sys.executable, str(PROJECT / "main.py"), *argv]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{run}: {done.stderr.strip()}")
-    bleu = test_of(run)["bleu"]
-    print(f"{row.name} seed {seed}: BLEU {bleu:.1f}", file=sys.stderr, flush=True)
+    if not test_of(run):
+        argv = ["--run-dir", str(run), "--resume"]
+        if not (run / "last.pt").exists():
+            argv = ["--dataset", "libreoffice_help", *options]
+            argv += ["--seed", str(seed), "--run-dir", str(run)]
+        command = [sys.executable, str(PROJECT / "main.py"), *argv]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{run}: {done.stderr.strip()}")
+    test = test_of(run)
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    scores = {"parameters": config["parameters"], "loss": test["loss"], "bleu": test["bleu"]}
+    with open(folder / SCORES, "a", encoding="utf-8") as out:
+        name = {"row": row.name, "seed": seed, "options": " ".join(options)}
+        out.write(json.dumps(name | scores) + "\n")
+    print(f"{row.name} seed {seed}: BLEU {test['bleu']:.1f}", file=sys.stderr, flush=True)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines, but for one whose writing was cut."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def test_of(run: Path) -> dict | None:
     """The test event of a finished run."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    events = [json.loads(line) for line in lines if line.endswith("}")]
+    events = read_lines(run / "metrics.jsonl")
     return next((event for event in events if event["event"] == "test"), None)
 
 
-def scores_of(row: Row, folder: Path) -> Scores:
+def options_of(row: Row, more: list[str]) -> list[str]:
+    """The options of a row's runs, but for data set, seed and folder."""
+    return [*BASE.split(), *row.options.split(), *more]
+
+
+def lines_of(row: Row, folder: Path, more: list[str]) -> list[dict]:
+    """The lines of a row's finished runs, if they have the same options."""
+    name = {"row": row.name, "options": " ".join(options_of(row, more))}
+    return [line for line in read_lines(folder / SCORES) if name.items() <= line.items()]
+
+
+def scores_of(runs: list[dict]) -> Scores:
     """What the runs of a row reached."""
-    runs = [folder / row.name / f"seed-{seed}" for seed in SEEDS]
-    tests = [test_of(run) for run in runs]
-    config = json.loads((runs[0] / "config.json").read_text(encoding="utf-8"))
-    perplexity = [math.exp(test["loss"]) for test in tests]
-    return Scores(config["parameters"], perplexity, [test["bleu"] for test in tests])
+    perplexity = [math.exp(run["loss"]) for run in runs]
+    return Scores(runs[0]["parameters"], perplexity, [run["bleu"] for run in runs])
 
 
 def difference(values: list[float], base: list[float]) -> tuple[float, float]:
@@ -117,24 +137,32 @@ def verdict(ours: float, error: float, paper: float) -> str:
     return "yes" if ours * paper > 0 else "no"
 
 
+def compared(ours: list[float], base: list[float], paper: float, digits: int) -> list[str]:
+    """Cells of a row: mean, differences from base with standard error, whether signs agree."""
+    mean, (here, error) = f"{statistics.mean(ours):.{digits}f}", difference(ours, base)
+    cells = (f"{here:+.{digits}f} ± {error:.{digits}f}", f"{paper:+.{digits}f}")
+    return [mean, *cells, verdict(here, error, paper)]
+
+
 def table(found: dict[str, Scores]) -> list[str]:
-    """A Markdown table: means, standard deviations, differences from base."""
-    lines = [
-        "| row | of the paper | here | parameters | perplexity | BLEU | difference, here | its "
-        "standard error | the paper's | same sign |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """A Markdown table: the means of each row, its differences from base, and the paper's."""
+    names = ("perplexity", "BLEU")
+    heads = [f"{name} | from base | the paper's | same sign" for name in names]
+    lines = [f"| row | of the paper | here | parameters | {' | '.join(heads)} |", "|---" * 12 + "|"]
+    base, paper = found["base"], ROWS[0]
     for row in ROWS:
-        n, *scores = found[row.name]
-        both = [f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in scores]
-        cells = [row.name, row.paper, f"`{row.options}`" * bool(row.options), f"{n / 1e6:.2f} M"]
-        cells += both
-        if row is not ROWS[0]:
-            ours, error = difference(scores[1], found["base"].bleu)
-            paper = row.bleu - ROWS[0].bleu
-            sign = verdict(ours, error, paper)
-            cells += [f"{ours:+.2f}", f"{error:.2f}", f"{paper:+.1f}", sign]
-        lines.append(f"| {' | '.join(cells + [''] * (10 - len(cells)))} |")
+        n, perplexity, bleu = found[row.name]
+        options = f"`{row.options}`" * bool(row.options)
+        cells = [row.name, row.paper, options, f"{n / 1e6:.2f} M"]
+        if row is paper:
+            cells += [f"{statistics.mean(perplexity):.1f} ± {statistics.stdev(perplexity):.1f}"]
+            cells += ["", "", "", f"{statistics.mean(bleu):.1f} ± {statistics.stdev(bleu):.1f}"]
+            cells += ["", "", ""]
+        else:
+            change = row.perplexity - paper.perplexity
+            cells += compared(perplexity, base.perplexity, change, 2)
+            cells += compared(bleu, base.bleu, row.bleu - paper.bleu, 1)
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -170,7 +198,7 @@ def main(argv: list[str]) -> None:
     with ThreadPoolExecutor(usable_cores()) as pool:
         for _ in pool.map(lambda task: train(*task), tasks):
             pass
-    found = {row.name: scores_of(row, folder) for row in ROWS}
+    found = {row.name: scores_of(lines_of(row, folder, more)) for row in ROWS}
     print(*table(found), sep="\n")
     if figure:
         draw(found, figure)
