@@ -82,7 +82,7 @@ def trained(corpora, tmp_path_factory) -> dict[str, Path]:
     """A trained model of each task, in its folder."""
     folder = tmp_path_factory.mktemp("trained")
     for task, options in corpora.items():
-        argv = [*RANK_OPTIONS, *options, "--epochs", "20", "--lr", "1e-2", "--max-length", "100"]
+        argv = [*RANK_OPTIONS, *options, "--epochs", "8", "--lr", "1e-2", "--max-length", "100"]
         argv += ["--run-dir", str(folder / task)]
         run_quietly(*argv)
     return {task: folder / task for task in corpora}

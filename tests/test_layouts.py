@@ -12,7 +12,6 @@ from helpers import all_rows, csv_text, load, numbered, rows_of, write, write_fi
 from errors import BadInput
 from files import SPLITS
 
-
 LAYOUTS = [
     ("train.csv", "validation.csv", "test.csv"),
     ("train.csv", "valid.csv.gz", "test.csv"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from helpers import csv_bytes, numbered, refuse_with, run_quietly, write_files
+from helpers import TINY, csv_bytes, numbered, refuse_with, run_quietly, write_files
 from hypothesis import strategies
 from kill import DATA, command, differences
 from runs import act_after_step, load_checkpoint, only_error, raise_own_signal, resume, stop_after
@@ -291,8 +291,8 @@ def test_lines_of_nine_megabytes_are_cut_and_counted(capsys, without_pictures):
     write_files({"d/train.csv": csv_bytes(rows), "in.txt": f"good\n{word}\n{words}\n".encode()})
     for split in ("validation", "test"):
         write_files({f"d/{split}.csv": csv_bytes(numbered(10))})
-    argv = "--n-layers 1 --d-model 16 --d-ff 16 --n-heads 2 --vocab-size 300 --run-dir run "
-    assert "2 over 256 tokens and cut" in run_quietly(*argv.split(), "--dataset", "d")
+    argv = [*TINY, "--max-steps", "1", "--run-dir", "run"]
+    assert "2 over 256 tokens and cut" in run_quietly(*argv, "--dataset", "d")
     capsys.readouterr()
     assert main.main(["--run-dir", "run", "--predict", "in.txt"]) == 0
     out, err = capsys.readouterr()
