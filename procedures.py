@@ -1,4 +1,4 @@
-"""How a model is evaluated and trained: the training loop, from plan to validation."""
+"""The training loop, from plan to validation."""
 
 import math
 import time

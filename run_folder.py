@@ -50,7 +50,7 @@ def weights_checksum(weights: dict[str, Tensor]) -> str:
 
 
 class RunFolder:
-    """Paths, reads and writes of one run. The README's table lists the files."""
+    """Paths, reads and writes of one run. docs/running.md lists the files."""
 
     CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
     WEIGHTS, LAST, PREVIOUS = "best.safetensors", "last.pt", "previous.pt"
