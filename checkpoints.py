@@ -65,7 +65,9 @@ class KeptWeights:
         """The weights to average. is_cut: the last epoch was validated, but is not whole."""
         if self.up_to_best and self.best:  # none yet if a resumed run was given --patience
             return self.best
-        return self._with(model) if is_cut else list(self.last)
+        if is_cut or not self.last:  # none if a finished run is resumed with more to average
+            return self._with(model)
+        return list(self.last)
 
     def _with(self, model: nn.Module) -> list[Weights]:
         now = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}

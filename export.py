@@ -120,8 +120,8 @@ def self_test(job: Job, answer: Answer, sentences: list[str], name: str) -> str:
 
 def model_card(job: Job, folder: RunFolder, name: str) -> str:
     """The text of README.md in the exported folder."""
-    options, tests = job.options, [m for m in folder.read_metrics() if m["event"] == "test"]
-    scores = tests[-1] if tests else {}
+    options, tests = job.options, folder.read_tests()
+    scores, data = tests[-1] if tests else {}, Path(options.dataset).name
     keys = ("accuracy", "macro_f1", "bleu", "chrf", "bleu_lowercase_13a", "loss")
     lines = [f"- {key}: {scores[key]:.4g}" for key in keys if key in scores]
     lines += [f"- signature: {scores['signature']}"] if "signature" in scores else []
@@ -136,9 +136,9 @@ def model_card(job: Job, folder: RunFolder, name: str) -> str:
     }
     return "\n".join(
         [
-            *(f"# {options.dataset}: {options.source_column} -> {of}", ""),
+            *(f"# {data}: {options.source_column} -> {of}", ""),
             f"An encoder-decoder Transformer trained with rhea {VERSION}, in the {name} format.",
-            *("", f"- data: {options.dataset}", f"- longest source: {options.max_length} tokens"),
+            *("", f"- data: {data}", f"- longest source: {options.max_length} tokens"),
             *("- licence: fill in", "", "Scores on the test split:", ""),
             *(lines or ["- none"]),
             *("", notes[name], ""),

@@ -136,7 +136,8 @@ def text_of(
             raise BadInput(f"{place}: {there}; {remedy}") from None
         values = [None]
     texts = [as_text(value, name, place).splitlines() for value in values]
-    return SEPARATOR.join(" ".join(lines) for lines in texts), max(map(len, texts))
+    text = SEPARATOR.join(" ".join(lines) for lines in texts) if any(texts) else ""
+    return text, max(map(len, texts))
 
 
 def select_columns(

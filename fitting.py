@@ -43,7 +43,8 @@ def fit_epochs(options: SimpleNamespace, given: dict[str, Any], steps_per_epoch:
         return []
     least = LEAST_STEPS[options.task]
     fitted = {"epochs": min(MOST_EPOCHS, max(options.epochs, math.ceil(least / steps_per_epoch)))}
-    n_steps = given.get("max_steps") or given.get("epochs", fitted["epochs"]) * steps_per_epoch
+    n_steps = given.get("epochs", fitted["epochs"]) * steps_per_epoch
+    n_steps = min(n_steps, given.get("max_steps", n_steps))
     fitted["warmup_steps"] = max(1, min(options.warmup_steps, n_steps // 8))
     fitted = {name: value for name, value in fitted.items() if name not in given}
     if "lr" not in given and "lr" not in RECIPES[RECIPE_OF_TASK[options.task]]:

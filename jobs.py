@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from comp_utils import pick_device, set_up
+from comp_utils import available_devices, pick_device, set_up
 from config import DecodingConfig, ModelConfig, TrainingConfig
 from data import TextData
 from ddp_utils import (
@@ -129,10 +129,14 @@ def raise_problems(problems: list[str]) -> None:
         raise BadInput(*problems)
 
 
-def load_job(given: dict[str, Any], problems: list[str]) -> tuple[Job, RunFolder]:
+def load_job(
+    given: dict[str, Any], problems: list[str], folders: list[RunFolder] | None = None
+) -> tuple[Job, RunFolder]:
     """The trained model of --run-dir, without data, and its folder; if it is a folder of runs, the
-    models of all. Raises BadInput."""
-    folders = broadcast_from_rank_zero(RunFolder.find_all, given.get("run_dir"), RunFolder.WEIGHTS)
+    models of all, or of those given as folders. Raises BadInput."""
+    if folders is None:
+        names = (given.get("run_dir"), RunFolder.WEIGHTS)
+        folders = broadcast_from_rank_zero(RunFolder.find_all, *names)
     configs = [broadcast_from_rank_zero(folder.read_config) for folder in folders]
     folder, config = folders[0], configs[0]
     with raise_on_all_ranks():
@@ -140,6 +144,8 @@ def load_job(given: dict[str, Any], problems: list[str]) -> tuple[Job, RunFolder
         limits = dict.fromkeys(BATCH_LIMITS) if BATCH_LIMITS & given.keys() else {}
         options, device = SimpleNamespace(**{**saved[0], **limits, **given}), None
         options.max_length = min(own["max_length"] for own in saved)
+        has_cuda = options.device in ("auto", "cuda") and "cuda" in available_devices()
+        options.tf32 = given.get("tf32", options.tf32 and has_cuda)
         if options.predict:  # a saved --bleu-tokenize may need a package that predicting does not
             options.bleu_tokenize = None
         problems += option_problems(options, {})

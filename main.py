@@ -68,7 +68,7 @@ from settings import (
     parse_args,
     parse_seeds,
 )
-from splits import check_labels, load_splits
+from splits import check_labels, embedded, load_splits
 
 # ----------------------------------------------------------------------------------- train and test
 
@@ -167,22 +167,30 @@ def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals
     """A run for each seed, in folders of --run-dir; one that is there is resumed, or is done. Then
     their models are tested together."""
     given, root = dict(given), Path(given["run_dir"]).expanduser()
-    seeds, tests = parse_seeds(given.pop("seeds")), []
+    seeds, tests, folders = parse_seeds(given.pop("seeds")), [], []
+    with raise_on_all_ranks():
+        if (root / RunFolder.CONFIG).exists():
+            raise BadInput(f"--run-dir {root}: holds a run itself; give a folder for one a seed")
     for seed in seeds:
         folder = RunFolder(root / f"seed-{seed}")
         own = {**given, "run_dir": str(folder.path)}
         say(f"seed {seed}")
-        if broadcast_from_rank_zero((folder.path / folder.LAST).is_file):
+        is_there = broadcast_from_rank_zero((folder.path / folder.CONFIG).is_file)
+        if is_there and "overwrite" not in given:
             resume({**own, "resume": True}, [*problems], signals)
         else:
             train_and_test({**own, "seed": seed}, [*problems], signals)
         if rank() == 0:
-            tests.append([m for m in folder.read_metrics() if m["event"] == "test"][-1])
+            tests += folder.read_tests()[-1:]
+        folders.append(folder)
+    with raise_on_all_ranks():
+        if rank() == 0 and len(tests) < len(seeds):
+            raise BadInput(f"--seeds: a run in {root} has no test result; train it to its end")
     if rank() == 0:
         say(*seeds_in_words(seeds, tests))
     if len(seeds) > 1:
         used = {name: given[name] for name in given.keys() & INFERENCE_OPTIONS}
-        test_only({**used, "run_dir": str(root), "test_only": True}, [*problems], signals)
+        test_only({**used, "run_dir": str(root), "test_only": True}, [*problems], signals, folders)
 
 
 def resume_command(folder: RunFolder) -> str:
@@ -198,9 +206,14 @@ def resume_command(folder: RunFolder) -> str:
 # ------------------------------------------------------------------------------------- use a model
 
 
-def test_only(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
-    """Tests the model of a run folder."""
-    job, folder = load_job(given, problems)
+def test_only(
+    given: dict[str, Any],
+    problems: list[str],
+    signals: StopSignals,
+    folders: list[RunFolder] | None = None,
+) -> None:
+    """Tests the model of a run folder, or those of several. folders: as `load_job` takes them."""
+    job, folder = load_job(given, problems, folders)
     config = extract_config(DataConfig, job.options)
     with local_rank_zero_first():
         splits = load_splits(config, ["test"])
@@ -208,7 +221,8 @@ def test_only(given: dict[str, Any], problems: list[str], signals: StopSignals) 
             check_labels(splits.tables, job.classes)
     with local_rank_zero_first():
         job.data = TextData(config, splits.tables, job.codec, job.classes)
-    say(*map(job.data.report, job.data.rows))
+    notes = [] if config.dataset in embedded() else [splits.summary, *splits.notes]
+    say(*notes, *map(job.data.report, job.data.rows))
     with locked(folder):
         test(job, folder)
 

@@ -28,7 +28,7 @@ from decoding import beam_search, greedy
 from errors import BadInput
 from files import text_of
 from kernels import packed
-from tables import TABLE_FORMATS, Row, file_format, read_lines, read_table
+from tables import TABLE_FORMATS, Row, file_format, has_quoted_fields, read_lines, read_table
 from tokenization import TextCodec
 
 Answers = list[tuple[str, float]]  # labels with probabilities, or translations with scores
@@ -199,7 +199,9 @@ def live_portions(texts: Iterable[str]) -> Iterator[list[str]]:
 def read_texts(name: str, source_column: str, names: list[str] | None) -> Iterator[tuple[str, Row]]:
     """Each text of a file, and its row: of a table the source column, else each line."""
     if name != "-" and file_format(Path(name)) in TABLE_FORMATS:
-        for place, row in read_table(Path(name), (source_column,), names):
+        path = Path(name)
+        quoted = file_format(path) == ".tsv" and has_quoted_fields([path])
+        for place, row in read_table(path, (source_column,), names, quoted=quoted):
             yield text_of(row, source_column, place, "source")[0], row
     else:
         for _, line in read_lines(name):

@@ -48,7 +48,8 @@ NUMBERS = {
 def as_record(figures: Record, facts: Record, options: Record) -> Record:
     """What was measured, on what work and on what machine. No path, no name of a person or host."""
     record = {name: options.get(name) for name in OPTIONS}
-    if not re.fullmatch(r"\w+", options["dataset"]):
+    is_name = re.fullmatch(r"\w+", options["dataset"])
+    if not (is_name and (ASSETS / options["dataset"]).is_dir()):
         record["dataset"] = "own data"
     left_out = ("options", "classes", "files", "data_fingerprint", "checksum", "tokenizer_checksum")
     return record | {k: v for k, v in facts.items() if k not in left_out} | figures
@@ -135,7 +136,7 @@ def scores_in_words(name: str) -> str | None:
     if not path.is_dir() or (path / RunFolder.BENCHMARK).exists():
         return None
     folders = RunFolder.find_all(name, option="--compare")
-    tests = [[m for m in folder.read_metrics() if m["event"] == "test"][-1:] for folder in folders]
+    tests = [folder.read_tests()[-1:] for folder in folders]
     tests, parts = [test[0] for test in tests if test], []
     for key, scale in (("accuracy", 100), ("bleu", 1), ("chrf", 1), ("loss", 1)):
         values = [scale * test[key] for test in tests if key in test]

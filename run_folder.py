@@ -149,9 +149,8 @@ class RunFolder:
         """Whether a run writes a file of that name, or leaves it as an unfinished write."""
         names = {value for key, value in vars(RunFolder).items() if key.isupper()}
         name = name.removesuffix(".tmp")
-        return (
-            name in names or re.fullmatch(r"test\..*(hypotheses|references)\.txt", name) is not None
-        )
+        pattern = r"test\..*(hypotheses|references)\.txt"
+        return name in names or re.fullmatch(pattern, name) is not None
 
     def clear(self) -> None:
         """Deletes the files of an earlier run. Raises RunFailed."""
@@ -225,6 +224,10 @@ class RunFolder:
             path = self.path / self.METRICS
             raise BadInput(f"{path}: not valid ({one_line(error)}); restore it") from None
 
+    def read_tests(self) -> list[dict[str, Any]]:
+        """The test events of training; those of --test-only, on any data, have no step."""
+        return [m for m in self.read_metrics() if m["event"] == "test" and "step" in m]
+
     def rewind_metrics(self, checkpoint: dict[str, Any] | None) -> list[dict[str, Any]]:
         """Deletes the events after a checkpoint, but keeps and returns later test events.
 
@@ -268,9 +271,8 @@ class RunFolder:
                 if (file.metadata() or {}).get("checksum") != weights_checksum(weights):
                     raise ValueError("its checksum is wrong")
         except (SafetensorError, ValueError, TypeError, OSError) as error:
-            reason = one_line(error)
             raise BadInput(
-                f"{path}: not the weights of this run ({reason}); {START_OVER}"
+                f"{path}: not the weights of this run ({one_line(error)}); {START_OVER}"
             ) from None
         return weights
 

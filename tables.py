@@ -13,6 +13,7 @@ from typing import Any
 from errors import BadInput
 
 MAX_LINE_BYTES = 10_000_000  # a longer line is refused before it is held in memory
+csv.field_size_limit(MAX_LINE_BYTES)  # a quoted field may have many lines
 TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 DELIMITERS = ",;\t|"
 
@@ -244,7 +245,6 @@ def read_table(
 ) -> Rows:
     """The rows of a table. columns: that it must have. names: of the columns of a file without a
     line that names them. quoted: whether the fields of a tsv file may be."""
-    csv.field_size_limit(MAX_LINE_BYTES)  # a quoted field may have many lines
     form = file_format(path)
     readers = {".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet}
     if form in readers:
