@@ -78,7 +78,7 @@ def train(row: Row, seed: int, folder: Path, more: list[str]) -> None:
         return
     if not test_of(run):
         argv = ["--run-dir", str(run), "--resume"]
-        if not (run / "last.pt").exists():
+        if not (run / "config.json").exists():
             argv = ["--dataset", "libreoffice_help", *options]
             argv += ["--seed", str(seed), "--run-dir", str(run)]
         command = [sys.executable, str(PROJECT / "main.py"), *argv]

@@ -53,6 +53,7 @@ def test_what_is_given_stays_as_it_is():
     assert fitted(100, 20, **given).items() >= given.items()
     assert fitted(100, 20, batch_tokens=99)["batch_size"] is None
     assert fitted(100, 20, max_steps=16)["warmup_steps"] == 2
+    assert fitted(100, 20, max_steps=1000, epochs=2)["warmup_steps"] == 5
     for known in ({"dataset": "rotten_tomatoes"}, {"workload": "original"}):
         options = settings.resolve(known)
         before = dict(vars(options))

@@ -1,0 +1,97 @@
+"""Several seeds in one folder, and runs that other commands touched in between."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from helpers import TINY, csv_bytes, events, run_quietly, write_files
+from runs import only_error
+
+import main
+import procedures
+from errors import Stopped
+from files import text_of
+from records import as_record
+from run_folder import RunFolder
+
+SHORT = [*TINY, "--max-steps", "2"]
+
+
+FILMS = csv_bytes([(f"film {i}", ("negative", "positive")[i % 2]) for i in range(90)])
+
+
+def change_config(run: str, **options) -> None:
+    folder = RunFolder(Path(run))
+    config = folder.read_config()
+    config["options"].update(options)
+    del config["checksum"]
+    folder.write_config(config)
+
+
+@pytest.mark.slow
+def test_seeds_are_tested_alone_continued_and_overwritten(slice_of_reviews, capsys, monkeypatch):
+    argv = [*SHORT, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--seeds"]
+
+    def killed(self):
+        raise Stopped(15)
+
+    with monkeypatch.context() as patch:  # before the first checkpoint
+        patch.setattr(procedures.Trainer, "warm_up", killed)
+        assert main.main([*argv, "0,1"]) == 143
+    run_quietly(*argv, "0,1")
+    capsys.readouterr()
+    run_quietly(*argv, "2,3")
+    assert "averaging the probabilities of 2 runs: seed-2, seed-3\n" in capsys.readouterr().err
+    # A test of other data is none of the training's.
+    before = events("r/seed-2", "test")[-1]["accuracy"]
+    write_files({"test_other.csv": FILMS})
+    run_quietly("--run-dir", "r/seed-2", "--test-only", "--dataset", "test_other.csv")
+    mean = statistics.mean([before, events("r/seed-3", "test")[-1]["accuracy"]])
+    assert f"accuracy: {100 * mean:.2f}" in run_quietly(*argv, "2,3")
+    steps = [event["step"] for event in events("r/seed-3", "step")]
+    run_quietly(*argv, "3", "--overwrite", "--max-steps", "1")
+    assert [event["step"] for event in events("r/seed-3", "step")] == steps[:1] == [1]
+    assert main.main([*argv[:-2], "r/seed-3", "--seeds", "0,1"]) == 2
+    assert "holds a run itself" in capsys.readouterr().err
+
+
+def test_a_run_with_tf32_is_used_on_a_cpu(run_copy, capsys):
+    change_config("copy", tf32=True)
+    write_files({"in.txt": b"a good film\n"})
+    assert main.main(["--run-dir", "copy", "--predict", "in.txt", "--device", "cpu"]) == 0
+    only_error(capsys, main.main("--run-dir copy --test-only --tf32".split()), 2, "--tf32")
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_resumed_with_more_checkpoints_to_average(run_copy):
+    lines = Path("copy/metrics.jsonl").read_text().splitlines(True)
+    Path("copy/metrics.jsonl").write_text("".join(x for x in lines if '"test"' not in x))
+    run_quietly("--resume", "--run-dir", "copy", "--average-checkpoints", 2)
+    assert len(events("copy", "test")) == 1
+
+
+@pytest.mark.slow
+def test_a_quoted_tsv_is_answered_as_it_was_read_in_training(run_copy, capsys):
+    row = 'text\tlabel\n"he said ""good"" film"\t1\n"two\nlines"\t0\n'
+    write_files({"q.tsv": row.encode()})
+    assert main.main("--run-dir copy --predict q.tsv --output a.jsonl".split()) == 0
+    rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == ['he said "good" film', "two\nlines"]
+
+
+def test_test_only_says_what_it_cut(run_copy):
+    write_files({"semi.csv": FILMS.replace(b",", b";")})
+    out = run_quietly("--run-dir", "copy", "--test-only", "--dataset", "semi.csv")
+    assert "cut from train" in out and "delimiter is ';'" in out
+
+
+def test_shared_files_name_no_folder():
+    for name in ("john_smith", "/home/me/x.csv"):
+        assert as_record({}, {}, {"dataset": name})["dataset"] == "own data"
+    assert as_record({}, {}, {"dataset": "rotten_tomatoes"})["dataset"] == "rotten_tomatoes"
+
+
+@pytest.mark.parametrize("row, text", [({"a": "", "b": None}, ""), ({"a": "x", "b": ""}, "x ||| ")])
+def test_two_empty_columns_are_an_empty_text(row, text):
+    assert text_of(row, "a+b", "row 1", "source")[0] == text
