@@ -203,7 +203,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     times. Here those of ROWS rows stay in the processor's cache, and their gradients are computed
     at once. Takes X (c, n, d), W (V, d), targets (n), label_smoothing, r_drop; c is 2 copies of the
     same rows if r_drop is not 0, else 1. Returns three (): loss, cross-entropy without smoothing,
-    correct targets, summed.
+    correct targets (no logit is higher), summed.
     """
 
     @staticmethod

@@ -1,17 +1,22 @@
 """Several seeds in one folder, and runs that other commands touched in between."""
 
 import json
+import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import TINY, csv_bytes, events, run_quietly, write_files
+from helpers import PROJECT, TINY, csv_bytes, events, run_quietly, write_files
 from runs import only_error
 
 import main
 import procedures
 from errors import Stopped
+from export import model_card
 from files import text_of
+from jobs import load_job
 from records import as_record
 from run_folder import RunFolder
 
@@ -71,6 +76,26 @@ def test_a_finished_run_is_resumed_with_more_checkpoints_to_average(run_copy):
     assert len(events("copy", "test")) == 1
 
 
+def test_a_seed_without_a_test_result_is_named(finished, slice_of_reviews, capsys):
+    shutil.copytree(finished[0], "r/seed-0")
+    metrics = Path("r/seed-0/metrics.jsonl")
+    lines = metrics.read_text().splitlines(True)
+    metrics.write_text("".join(line for line in lines if '"test"' not in line))
+    argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--seeds", "0"]
+    status = main.main([*argv, "--max-steps", "1"])
+    only_error(capsys, status, 2, "--seeds", "no test result")
+
+
+@pytest.mark.slow
+def test_a_long_field_of_a_tsv_is_judged_alike_whatever_was_read_before():
+    text = f'text\tlabel\n"{"long " * 30_000}"\t1\n"b"\t0\n'
+    write_files({"x.tsv": text.encode()})
+    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import tables; "
+    code += "print(tables.has_quoted_fields([pathlib.Path('x.tsv')]))"
+    done = subprocess.run([sys.executable, "-c", code, PROJECT], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.slow
 def test_a_quoted_tsv_is_answered_as_it_was_read_in_training(run_copy, capsys):
     row = 'text\tlabel\n"he said ""good"" film"\t1\n"two\nlines"\t0\n'
@@ -86,7 +111,11 @@ def test_test_only_says_what_it_cut(run_copy):
     assert "cut from train" in out and "delimiter is ';'" in out
 
 
-def test_shared_files_name_no_folder():
+def test_shared_files_name_no_folder(run_copy):
+    job, folder = load_job({"run_dir": "copy", "test_only": True, "device": "cpu"}, [])
+    job.options.dataset = "/home/alice/x.csv"
+    card = model_card(job, folder, "onnx")
+    assert card.startswith("# x.csv: ") and "- data: x.csv\n" in card and "alice" not in card
     for name in ("john_smith", "/home/me/x.csv"):
         assert as_record({}, {}, {"dataset": name})["dataset"] == "own data"
     assert as_record({}, {}, {"dataset": "rotten_tomatoes"})["dataset"] == "rotten_tomatoes"
