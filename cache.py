@@ -85,11 +85,8 @@ class Table:
     def __init__(self, file: Path, fingerprint: str) -> None:
         import pyarrow
 
-        self.file, self._fingerprint = file, fingerprint
+        self._fingerprint = fingerprint
         self.data = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
-
-    def __reduce__(self) -> tuple:
-        return Table, (self.file, self._fingerprint)
 
     def __len__(self) -> int:
         return len(self.data)

@@ -136,7 +136,7 @@ class DataConfig:
     pad_to: int = option(
         0, "pad every batch to this many tokens; 0: to its longest sentence", low=0, below=100_001
     )
-    num_workers: int = option(0, "processes that load batches; 0: the training process", low=0)
+    num_workers: int = option(0, "threads that prepare batches ahead; 0: none", low=0)
 
     def problems(self) -> list[str]:
         """What cannot work, a line each."""

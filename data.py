@@ -1,11 +1,12 @@
 """From token ids to tensors: ids, the plan of an epoch's batches, its steps, padded batches."""
 
 import hashlib
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from cache import Table
 from comp_utils import digest
 from config import DataConfig
-from errors import BadInput, RunFailed
+from errors import BadInput
 from ids import encode
 from tokenization import TextCodec
 
@@ -137,22 +138,9 @@ class Batch:
         tensors = (self.src, self.tgt_in, self.tgt_out)
         return tensors if n == 1 else tuple(t.repeat(n, 1) for t in tensors)
 
-    def __reduce__(self) -> tuple:
-        """A worker sends arrays through a pipe: tensors would need shared memory, and a worker
-        that has too little of it (/dev/shm) waits for ever."""
-        arrays = (t.numpy() for t in (self.src, self.tgt_in, self.tgt_out))
-        return batch_of_arrays, (*arrays, self.n_targets, self.n_tokens)
-
     def pin_memory(self) -> "Batch":
-        """Called by torch's DataLoader when the batch will be copied to CUDA."""
+        """The batch in memory that is copied to CUDA while the host goes on."""
         return self._map(Tensor.pin_memory)
-
-
-def batch_of_arrays(
-    src: np.ndarray, tgt_in: np.ndarray, tgt_out: np.ndarray, n_targets: int, n_tokens: int
-) -> Batch:
-    """The inverse of `Batch.__reduce__`."""
-    return Batch(*map(torch.from_numpy, (src, tgt_in, tgt_out)), n_targets, n_tokens)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, width: int = 0) -> Tensor:
@@ -164,10 +152,21 @@ def pad(rows: Sequence[Sequence[int]], value: int, width: int = 0) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def ignore_signals(_: int) -> None:
-    """Ctrl-C reaches all processes; a DataLoader worker must outlive it to finish the step."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+def map_ahead(
+    function: Callable[[Any], Any], items: Iterable[Any], n_threads: int
+) -> Iterator[Any]:
+    """function(item) of each item, in order; n_threads compute a few items ahead, if not 0."""
+    if not n_threads:
+        yield from map(function, items)
+        return
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class TextData:
@@ -308,41 +307,15 @@ class TextData:
         return f"{split}: {self.counts(split)}, {padding:.1%} padding"
 
     def load(self, split: str, plan: Plan, device: torch.device) -> Iterator[Batch]:
-        """The batches of a plan on a device, in order; a dummy batch for NO_ROWS. Raises RunFailed
-        when a worker process fails."""
-        loader = torch.utils.data.DataLoader(
-            self.rows[split],
-            batch_sampler=[rows for rows in plan if len(rows)],
-            collate_fn=self.collate,
-            num_workers=self.config.num_workers,
-            worker_init_fn=ignore_signals,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # its own, or it would draw from dropout's
-        )
-        loaded = self.start_workers(loader)
-        for rows in plan:
-            try:
-                batch = next(loaded) if len(rows) else self.dummy_batch()
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise self.worker_failed(error) from None
+        """The batches of a plan on a device, in order; a dummy batch for NO_ROWS."""
+        pairs = self.rows[split].pairs
+
+        def read(rows: np.ndarray) -> Batch:
+            batch = self.collate(pairs(rows)) if len(rows) else self.dummy_batch()
+            return batch.pin_memory() if device.type == "cuda" else batch
+
+        for batch in map_ahead(read, plan, self.config.num_workers):
             yield batch.to(device)
-
-    def start_workers(self, loader: torch.utils.data.DataLoader) -> Iterator[Batch]:
-        """An iterator of batches. Raises RunFailed if its worker processes cannot be started."""
-        try:
-            return iter(loader)
-        except OSError as error:
-            raise self.worker_failed(error) from None
-
-    def worker_failed(self, error: Exception) -> RunFailed:
-        """The exception for a worker process that failed or could not be started."""
-        reason = " ".join(str(error).split())[:200]
-        return RunFailed(
-            f"--num-workers {self.config.num_workers}: a worker process failed ({reason}); give "
-            "--num-workers 0"
-        )
 
     def load_steps(
         self, steps: Sequence[Step], device: torch.device

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,15 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from components import MHAttention, SinusoidalPositions
-from config import VERSION
+from config import VERSION, DataConfig
 from decoding import EXTRA_LENGTH, greedy
 from ensemble import Ensemble
 from errors import BadInput, RunFailed
 from export_onnx import read_onnx, write_onnx
 from jobs import Job
 from run_folder import RunFolder
+from settings import extract_config
+from splits import load_splits
 
 # The packages that write and read a format.
 PACKAGES = {
@@ -32,15 +35,16 @@ TIE = 1e-3  # nats; of two tokens nearer to each other, rounding decides
 Answer = Callable[[list[int]], list[int]]  # source ids with eos_id -> target ids without
 
 
-def export(job: Job, folder: RunFolder, name: str, target: Path, sentences: list[str]) -> str:
-    """Writes a model in a format to a new folder, reads it again, and compares its answers to the
-    sentences with rhea's. Returns a line about them. Raises BadInput and RunFailed; then there is
-    no folder."""
+def export(job: Job, folder: RunFolder, name: str, target: Path, *, needs_data: bool) -> str:
+    """Writes a model in a format to a new folder, reads it again, and compares its answers to some
+    sentences with rhea's. Returns a line about them. needs_data: as `test_sentences` takes it.
+    Raises BadInput and RunFailed; then there is no folder."""
     problems = format_problems(job, name)
     if target.exists() or target.is_symlink():
         problems.append(f"--to {target}: exists; give a new name, or remove it")
     if problems:
         raise BadInput(*problems)
+    sentences, of_what = test_sentences(job, needs_data)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as made:
         made = Path(made) / target.name
@@ -48,7 +52,7 @@ def export(job: Job, folder: RunFolder, name: str, target: Path, sentences: list
         write, read = FORMATS[name]
         write(job, made)
         (made / "README.md").write_text(model_card(job, folder, name), encoding="utf-8")
-        said = self_test(job, read(job, made), sentences, name)
+        said = self_test(job, read(job, made), sentences, of_what, name)
         os.rename(made, target)
     return said
 
@@ -91,8 +95,23 @@ def model_problems(job: Job, name: str) -> list[str]:
 # ---------------------------------------------------------------------------------------- self-test
 
 
+def test_sentences(job: Job, needs_data: bool) -> tuple[list[str], str]:
+    """Sentences of the validation split, or if the data is gone and not needed, of random tokens;
+    and what they are."""
+    try:
+        splits = load_splits(extract_config(DataConfig, job.options), ["validation"])
+        return splits.tables["validation"]["source"][:N_SENTENCES], "validation sentences"
+    except BadInput as error:
+        if needs_data:
+            raise
+        draw = random.Random(0)
+        rows = [draw.choices(range(job.codec.n_vocab), k=1 + i // 5) for i in range(N_SENTENCES)]
+        texts = job.codec.tokenizer.decode_batch(rows)
+        return texts, f"sentences of random tokens (no data: {error.lines[0]})"
+
+
 @torch.inference_mode()
-def self_test(job: Job, answer: Answer, sentences: list[str], name: str) -> str:
+def self_test(job: Job, answer: Answer, sentences: list[str], of_what: str, name: str) -> str:
     """Compares the answers of the model that was read with rhea's. Raises RunFailed."""
     codec, model = job.codec, job.model.eval()
     n_same = n_tied = 0
@@ -112,7 +131,7 @@ def self_test(job: Job, answer: Answer, sentences: list[str], name: str) -> str:
         i = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
         n_tied += i is not None and bool(log_p[i, ours[i]] - log_p[i, theirs[i]] < TIE)
     tied = f", {n_tied} more differ where two tokens are equally probable" if n_tied else ""
-    said = f"{n_same} of {len(rows)} answers to validation sentences are the same{tied}"
+    said = f"{n_same} of {len(rows)} answers to {of_what} are the same{tied}"
     if n_same + n_tied < len(rows):
         raise RunFailed(f"--export {name}: the exported model differs: {said}; nothing was written")
     return said

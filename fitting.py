@@ -12,6 +12,7 @@ BATCHES = {"classification": ("batch_size", 8, 64), "translation": ("batch_token
 # An epoch of few steps is repeated until there are so many steps, but not more than so many times.
 LEAST_STEPS = {"classification": 1000, "translation": 4000}
 MOST_EPOCHS = 60
+FITTED = BATCH_LIMITS | {"ensemble", "epochs", "warmup_steps", "lr"}
 MOST_FOR_ENSEMBLE = 10_000  # sentences of a classifier; with more, one model is trained
 
 

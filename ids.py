@@ -19,7 +19,6 @@ class Ids:
     """
 
     def __init__(self, file: Path, fingerprint: str, n_rows: int, longest: int, dtype: str) -> None:
-        self._arguments = (file, fingerprint, n_rows, longest, dtype)
         self.fingerprint, self.longest, n = fingerprint, longest, n_rows
         data = np.asarray(np.memmap(file, np.uint8, "r"))
         self.begins = data[: 8 * n].view("<i8")
@@ -27,15 +26,11 @@ class Ids:
         self.n_unknown = data[16 * n : 20 * n].view("<i4")
         self.ids = data[20 * n :].view(dtype)
 
-    def __reduce__(self) -> tuple:
-        """A worker process opens the file itself."""
-        return Ids, self._arguments
-
     def __len__(self) -> int:
         return len(self.begins)
 
-    def __getitems__(self, rows: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Source and target of some rows, as views. The name is that of torch's DataLoader."""
+    def pairs(self, rows: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Source and target of some rows, as views."""
         begins, lengths = self.begins[rows], np.minimum(self.lengths[rows], self.longest)
         middles = begins + lengths[:, 0]
         bounds = zip(begins.tolist(), middles.tolist(), (middles + lengths[:, 1]).tolist())

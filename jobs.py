@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,7 @@ from settings import (
     format_option,
     option_problems,
     saved_options,
+    value_problems,
 )
 from tokenization import TextCodec, as_codec, read_tokenizer
 
@@ -57,6 +59,7 @@ class Job:
     data: TextData | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # for config.json and records
     notes: list[str] = field(default_factory=list)  # about the files of the data set
+    is_other_data: bool = False  # whether --dataset names other data than the model was trained on
 
     @property
     def predictor(self) -> Predictor:
@@ -141,12 +144,17 @@ def load_job(
     folder, config = folders[0], configs[0]
     with raise_on_all_ranks():
         saved = [saved_options(c, f.path / f.CONFIG) for f, c in zip(folders, configs)]
-        limits = dict.fromkeys(BATCH_LIMITS) if BATCH_LIMITS & given.keys() else {}
-        options, device = SimpleNamespace(**{**saved[0], **limits, **given}), None
-        options.max_length = min(own["max_length"] for own in saved)
+        replaced = BATCH_LIMITS if BATCH_LIMITS & given.keys() else set()
+        names = (saved[0]["dataset"], given.get("dataset", saved[0]["dataset"]))
+        is_other_data = len({Path(name).expanduser().absolute() for name in names}) > 1
+        if is_other_data:
+            replaced = {*replaced, "columns", "dataset_config"}
+        options, device = SimpleNamespace(**{**saved[0], **dict.fromkeys(replaced), **given}), None
+        for name in ("max_length", "pad_to"):  # positions that all the models have
+            setattr(options, name, min(own[name] for own in saved))
         has_cuda = options.device in ("auto", "cuda") and "cuda" in available_devices()
         options.tf32 = given.get("tf32", options.tf32 and has_cuda)
-        if options.predict:  # a saved --bleu-tokenize may need a package that predicting does not
+        if not options.test_only:  # a saved --bleu-tokenize may need a package of its own
             options.bleu_tokenize = None
         problems += option_problems(options, {})
         problems += [
@@ -177,11 +185,13 @@ def load_job(
                 model.load_state_dict(f.read_weights(model), strict=False)  # tied weights: once
         broadcast_tensors(model.parameters())
     if len(models) == 1:
-        return Job(options, device, codec, classes, models[0]), folder
+        job = Job(options, device, codec, classes, models[0], is_other_data=is_other_data)
+        return job, folder
     if rank() == 0:
         names = ", ".join(f.path.name for f in folders)
         print(f"averaging the probabilities of {len(models)} runs: {names}", file=sys.stderr)
-    return Job(options, device, codec, classes, Ensemble(models)), RunFolder(folder.path.parent)
+    job = Job(options, device, codec, classes, Ensemble(models), is_other_data=is_other_data)
+    return job, RunFolder(folder.path.parent)
 
 
 def search_problems(options: Options) -> list[str]:
@@ -202,5 +212,7 @@ def load(run_dir: str, **options: Any) -> Predictor:
 
     options: of --predict, by field name, such as device="cpu" or beam_size=1. Raises BadInput.
     """
-    given = {"run_dir": run_dir, **options}
-    return load_job(given, command_problems(given, ["predict"]))[0].predictor
+    given = {"run_dir": str(run_dir), **options}
+    problems = [line for name, value in given.items() for line in value_problems(name, value)]
+    raise_problems(problems + command_problems(given, ["predict"]))
+    return load_job(given, [])[0].predictor

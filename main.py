@@ -48,6 +48,7 @@ from prepare import (
     begin_with_weights_of,
     changed_options,
     check_same_data,
+    check_same_options,
     origin_of,
     prepare,
     restore_threads,
@@ -56,19 +57,19 @@ from prepare import (
 )
 from procedures import Trainer
 from records import append_command, as_record, compare
-from reports import curve_marks, drawing, epoch_seconds, inspect, seeds_in_words, test, test_splits
+from reports import curve_marks, drawing, epoch_seconds, inspect, test, test_splits
 from run_folder import RunFolder
-from scoring import warn_if_not_reversible
+from scoring import scores_of_runs, warn_if_not_reversible
 from settings import (
     COMMANDS,
     INFERENCE_OPTIONS,
-    WORKLOADS,
     command_problems,
     extract_config,
     parse_args,
     parse_seeds,
 )
 from splits import check_labels, embedded, load_splits
+from tables import TABLE_FORMATS, file_format
 
 # ----------------------------------------------------------------------------------- train and test
 
@@ -167,27 +168,35 @@ def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals
     """A run for each seed, in folders of --run-dir; one that is there is resumed, or is done. Then
     their models are tested together."""
     given, root = dict(given), Path(given["run_dir"]).expanduser()
-    seeds, tests, folders = parse_seeds(given.pop("seeds")), [], []
+    seeds = parse_seeds(given.pop("seeds"))
+    folders = [RunFolder(root / f"seed-{seed}") for seed in seeds]
+    is_there = [
+        "overwrite" not in given and broadcast_from_rank_zero((f.path / f.CONFIG).is_file)
+        for f in folders
+    ]
     with raise_on_all_ranks():
         if (root / RunFolder.CONFIG).exists():
             raise BadInput(f"--run-dir {root}: holds a run itself; give a folder for one a seed")
-    for seed in seeds:
-        folder = RunFolder(root / f"seed-{seed}")
+        if rank() == 0:
+            check_same_options(given, [f for f, there in zip(folders, is_there) if there])
+    for seed, folder, there in zip(seeds, folders, is_there):
         own = {**given, "run_dir": str(folder.path)}
         say(f"seed {seed}")
-        is_there = broadcast_from_rank_zero((folder.path / folder.CONFIG).is_file)
-        if is_there and "overwrite" not in given:
-            resume({**own, "resume": True}, [*problems], signals)
-        else:
-            train_and_test({**own, "seed": seed}, [*problems], signals)
-        if rank() == 0:
-            tests += folder.read_tests()[-1:]
-        folders.append(folder)
+        try:
+            if there:
+                resume({**own, "resume": True}, [*problems], signals)
+            else:
+                train_and_test({**own, "seed": seed}, [*problems], signals)
+        except (Stopped, RunFailed) as error:
+            error.add_note("or the other seeds as well: with the same command, but no --overwrite")
+            raise
     with raise_on_all_ranks():
-        if rank() == 0 and len(tests) < len(seeds):
+        tests = [folder.read_tests() if rank() == 0 else [{}] for folder in folders]
+        if not all(tests):
             raise BadInput(f"--seeds: a run in {root} has no test result; train it to its end")
     if rank() == 0:
-        say(*seeds_in_words(seeds, tests))
+        say(f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation (each)")
+        say(*scores_of_runs(tests))
     if len(seeds) > 1:
         used = {name: given[name] for name in given.keys() & INFERENCE_OPTIONS}
         test_only({**used, "run_dir": str(root), "test_only": True}, [*problems], signals, folders)
@@ -216,7 +225,7 @@ def test_only(
     job, folder = load_job(given, problems, folders)
     config = extract_config(DataConfig, job.options)
     with local_rank_zero_first():
-        splits = load_splits(config, ["test"])
+        splits = load_splits(config, ["test"], for_test=job.is_other_data)
         if job.classes:
             check_labels(splits.tables, job.classes)
     with local_rank_zero_first():
@@ -229,6 +238,10 @@ def test_only(
 
 def answer(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """Answers each line of a file with the model of a run folder."""
+    name, source_column = given["predict"], given.get("source_column")
+    if source_column and not ("columns" in given or file_format(Path(name)) in TABLE_FORMATS):
+        remedy = "leave it out, or name the columns with --columns"
+        problems.append(f"--source-column {source_column}: {name} has lines; {remedy}")
     job, _ = load_job(given, problems)
     options, names = job.options, job.options.columns
     predict(
@@ -242,16 +255,15 @@ def answer(given: dict[str, Any], problems: list[str], signals: StopSignals) -> 
 
 def export_model(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """Writes the model of a run folder for another tool."""
-    from export import N_SENTENCES, export
+    from export import export
 
     job, folder = load_job({**given, "device": "cpu", "precision": "fp32"}, problems)
     with raise_on_all_ranks():
         if world_size() > 1:
             raise BadInput("--export: not on many processes; use main.py")
-    config = extract_config(DataConfig, job.options)
-    sentences = load_splits(config, ["validation"]).tables["validation"]["source"][:N_SENTENCES]
     target = Path(job.options.to).expanduser()
-    say(export(job, folder, job.options.export, target, sentences), f"exported to {target}")
+    said = export(job, folder, job.options.export, target, needs_data="dataset" in given)
+    say(said, f"exported to {target}")
 
 
 # ----------------------------------------------------------------------------------------- measure
@@ -262,13 +274,10 @@ def time_steps(given: dict[str, Any], problems: list[str], signals: StopSignals)
     options, device, folder = start(given, problems)
     job = prepare(options, device, given=given)
     say_facts(job, folder)
-    named = WORKLOADS.get(options.workload, {})
-    is_changed = any(getattr(options, name) != value for name, value in named.items())
     with locked(folder):
         begin(job, folder)
         figures = benchmark(job.trainer(folder, signals), options.benchmark)
         record = as_record(figures, job.facts, vars(options))
-        record["workload"] = f"{options.workload}, changed" if is_changed else options.workload
         if rank() == 0:
             folder.write_text(folder.BENCHMARK, json.dumps(record, ensure_ascii=False) + "\n")
     path = folder.path / folder.BENCHMARK

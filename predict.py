@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -61,13 +61,18 @@ class Predictor:
             return self([texts])[0]
         return [answers[0][0] if answers else "" for answers in self.answer(texts)]
 
-    def probabilities(self, texts: Iterable[str]) -> list[dict[str, float]]:
-        """The probability of each label, for each text; {} for a blank one."""
+    def probabilities(self, texts: str | Iterable[str]) -> Any:
+        """The probability of each label, for a text or for each of several; {} for a blank one."""
+        if isinstance(texts, str):
+            return self.probabilities([texts])[0]
         return [dict(answers) for answers in self.best(texts, len(self.classes))]
 
-    def best(self, texts: Iterable[str], n: int) -> list[Answers]:
-        """The n best answers to each text, best first: labels with their probabilities, or
-        translations with log P / length penalty, n at most the beam size; [] for a blank one."""
+    def best(self, texts: str | Iterable[str], n: int) -> Any:
+        """The n best answers to a text, or to each of several, best first: labels with their
+        probabilities, or translations with log P / length penalty, n at most the beam size; [] for
+        a blank one."""
+        if isinstance(texts, str):
+            return self.best([texts], n)[0]
         return replace(self, n_best=n).answer(texts)
 
     def answer(self, texts: Iterable[str]) -> list[Answers]:
@@ -198,7 +203,7 @@ def live_portions(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def read_texts(name: str, source_column: str, names: list[str] | None) -> Iterator[tuple[str, Row]]:
     """Each text of a file, and its row: of a table the source column, else each line."""
-    if name != "-" and file_format(Path(name)) in TABLE_FORMATS:
+    if name != "-" and (names or file_format(Path(name)) in TABLE_FORMATS):
         path = Path(name)
         quoted = file_format(path) == ".tsv" and has_quoted_fields([path])
         for place, row in read_table(path, (source_column,), names, quoted=quoted):
@@ -218,7 +223,10 @@ def format_answers(predictor: Predictor, row: Row, answers: Answers, as_json: bo
         if "answers" in row:
             raise BadInput("--output: the rows have a column answers already; rename it")
         rows = [{kind: a, score: round(x, 6)} if has_scores else {kind: a} for a, x in answers]
-        return json.dumps({**row, "answers": rows}, ensure_ascii=False, default=str)
+        line = json.dumps({**row, "answers": rows}, ensure_ascii=False, default=str)
+        if "NaN" in line or "Infinity" in line:  # which JSON has not
+            line = json.dumps(json.loads(line, parse_constant=lambda _: None), ensure_ascii=False)
+        return line
     return "\t".join(f"{a}\t{x:.4f}" if has_scores else a for a, x in answers)
 
 

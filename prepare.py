@@ -20,13 +20,14 @@ from ddp_utils import (
     world_size,
 )
 from errors import BadInput
-from fitting import fit_epochs, fit_sizes
+from fitting import FITTED, fit_epochs, fit_sizes, has_fitted_defaults
 from jobs import Job, Options, add_to, build_model, own_device, raise_problems
 from measure import work_fingerprint
 from models import count_parameters
 from run_folder import RunFolder
 from settings import (
     FIXED_ON_RESUME,
+    different_options,
     extract_config,
     field_names,
     format_option,
@@ -163,6 +164,22 @@ def changed_options(
         options = SimpleNamespace(**{**saved, **changed, "run_dir": str(folder.path)})
         raise_problems(option_problems(options, {}))
     return options, [f"{format_option(name, v)} (was {saved[name]})" for name, v in changed.items()]
+
+
+def check_same_options(given: dict[str, Any], folders: list[RunFolder]) -> None:
+    """Raises BadInput if runs of other seeds have other options than those given now."""
+    given = dict(given)
+    origin_of(given, [])
+    options = resolve(given)
+    for folder in folders:
+        saved = saved_options(folder.read_config(), folder.path / folder.CONFIG)
+        fitted = FITTED - given.keys() if has_fitted_defaults(options) else set()
+        wanted = vars(options) | {name: saved[name] for name in fitted}
+        if others := different_options(saved, wanted):
+            raise BadInput(
+                f"--seeds: the run in {folder.path} has {', '.join(others)}; give the same, or "
+                "another --run-dir, or --overwrite"
+            )
 
 
 def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:

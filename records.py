@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shlex
-import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from config import ASSETS, format_flag
 from errors import BadInput
 from measure import spread
 from run_folder import RunFolder
+from scoring import scores_of_runs
+from settings import different_options, resolve, saved_options
+from tables import shorten
 
 Record = dict[str, Any]
 # What earlier versions wrote.
@@ -48,6 +50,10 @@ NUMBERS = {
 def as_record(figures: Record, facts: Record, options: Record) -> Record:
     """What was measured, on what work and on what machine. No path, no name of a person or host."""
     record = {name: options.get(name) for name in OPTIONS}
+    if workload := options.get("workload"):
+        named = vars(resolve({"workload": workload}))
+        is_changed = any(options[name] != named[name] for name in WORK)
+        record["workload"] = workload + ", changed" * is_changed
     is_name = re.fullmatch(r"\w+", options["dataset"])
     if not (is_name and (ASSETS / options["dataset"]).is_dir()):
         record["dataset"] = "own data"
@@ -118,10 +124,13 @@ def with_new_keys(record: Record) -> Record:
 def record_of_runs(folders: list[RunFolder], name: str) -> Record:
     """The epoch times of a training, or of several that differ in their seed. Raises BadInput."""
     configs = [folder.read_config() for folder in folders]
-    facts = ("device_name", "processes", "threads")
-    kinds = {tuple(c.get(k, c["options"].get(k)) for k in (*OPTIONS, *facts)) for c in configs}
-    if len(kinds) > 1:
-        raise BadInput(f"--compare {name}: its runs did other work; name them one by one")
+    saved = [saved_options(c, f.path / f.CONFIG) for c, f in zip(configs, folders)]
+    facts = ("device_name", "processes", "threads", "data_fingerprint")
+    others = {x for options in saved for x in different_options(options, saved[0])}
+    others |= {fact for fact in facts if len({c.get(fact) for c in configs}) > 1}
+    if others:
+        differ = f"its runs differ in more than the seed ({shorten(sorted(others))})"
+        raise BadInput(f"--compare {name}: {differ}; name them one by one")
     epochs = [with_new_keys(m) for f in folders for m in f.read_metrics() if m["event"] == "epoch"]
     seconds = [m["seconds"] for m in epochs if m["steps"] == m["steps_per_epoch"]]
     if not seconds:
@@ -131,20 +140,13 @@ def record_of_runs(folders: list[RunFolder], name: str) -> Record:
 
 
 def scores_in_words(name: str) -> str | None:
-    """The test scores of a run, or the mean and standard deviation of several; None without any."""
+    """The test scores of a run, or of the runs in a folder; None without any."""
     path = Path(name).expanduser()
     if not path.is_dir() or (path / RunFolder.BENCHMARK).exists():
         return None
-    folders = RunFolder.find_all(name, option="--compare")
-    tests = [folder.read_tests()[-1:] for folder in folders]
-    tests, parts = [test[0] for test in tests if test], []
-    for key, scale in (("accuracy", 100), ("bleu", 1), ("chrf", 1), ("loss", 1)):
-        values = [scale * test[key] for test in tests if key in test]
-        if values:
-            deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            parts.append(f"{key} {statistics.mean(values):.2f}{deviation}")
-    n = f" of {len(tests)} runs, mean ± standard deviation" if len(tests) > 1 else ""
-    return f"{name}: test{n}: {', '.join(parts)}" if parts else None
+    tests = [folder.read_tests() for folder in RunFolder.find_all(name, option="--compare")]
+    scores = scores_of_runs([events for events in tests if events] or [[]])
+    return f"{name}: {'; '.join(scores)}" if scores else None
 
 
 # ------------------------------------------------------------------------------------------- naming

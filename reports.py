@@ -136,17 +136,3 @@ def epoch_seconds(folder: RunFolder) -> str:
         f"one training epoch: about {seconds * n_whole / n:.3g} s, extrapolated from {n} of "
         f"{n_whole} steps"
     )
-
-
-def seeds_in_words(seeds: list[int], tests: list[dict[str, Any]]) -> list[str]:
-    """Of each test score of several runs a line: mean, standard deviation, and each value."""
-    lines = [f"test of seeds {', '.join(map(str, seeds))}: mean, standard deviation, each"]
-    for name in ("accuracy", "macro_f1", "bleu", "chrf", "bleu_lowercase_13a", "loss"):
-        values = [test[name] for test in tests if name in test]
-        if len(values) == len(seeds):
-            scale = 100 if name in ("accuracy", "macro_f1") else 1  # per cent
-            values = [scale * value for value in values]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            each = ", ".join(f"{value:.2f}" for value in values)
-            lines.append(f"{name}: {statistics.mean(values):.2f}, {spread:.2f} ({each})")
-    return lines

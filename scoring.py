@@ -1,6 +1,7 @@
 """Scores of a model on one split, and of translations against references."""
 
 import math
+import statistics
 import sys
 import unicodedata
 from collections import Counter
@@ -59,6 +60,23 @@ class Evaluation:
         """Greater is better: a classifier by macro F1, which a class of few sentences counts in as
         much as one of many, then by loss; a translator by loss."""
         return (-self.loss,) if self.confusion is None else (self.macro_f1, -self.loss)
+
+
+def scores_of_runs(tests: list[list[dict[str, Any]]]) -> list[str]:
+    """A line for each score that all runs have: the mean, of several runs also the standard
+    deviation and each value; accuracy and macro F1 in per cent. tests: of each run the events."""
+    lines = []
+    by_split = [{event.get("split", "test"): event for event in events} for events in tests]
+    for split in by_split[0]:
+        for name in ("accuracy", "macro_f1", "bleu", "chrf", "bleu_lowercase_13a", "loss"):
+            values = [splits[split][name] for splits in by_split if name in splits.get(split, {})]
+            if len(values) == len(tests):
+                scale = 100 if name in ("accuracy", "macro_f1") else 1
+                mean = f"{split} {name} {scale * statistics.mean(values):.2f}"
+                each = ", ".join(f"{scale * value:.2f}" for value in values)
+                deviation = scale * statistics.stdev(values) if len(values) > 1 else 0.0
+                lines.append(mean + f" ± {deviation:.2f} ({each})" * (len(values) > 1))
+    return lines
 
 
 def comparable(texts: Iterable[str]) -> list[str]:

@@ -89,6 +89,11 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "translation": {"dataset": "libreoffice_help", **RECIPES["libreoffice_help"]},
 }
 RECIPE_OF_TASK = {RECIPES[name]["task"]: name for name in reversed(RECIPES)}
+DESCRIPTION = f"""Trains and tests the Transformer of Attention Is All You Need. Without options:
+on embedded movie reviews, on the best device of this machine. The defaults below are those of
+{DataConfig.dataset}; libreoffice_help and --task translation have others, and for your own
+data --batch-size, --ensemble, --epochs and --warmup-steps follow from its size. config.json of a
+run lists all."""
 EXAMPLES = """examples:
   python main.py                                                  train on the embedded reviews
   python main.py --dataset reviews.csv --run-dir runs/mine        train on a file of your own
@@ -120,6 +125,9 @@ TEST_OPTIONS = {"dataset", "dataset_config", "source_column", "target_column", "
 # Options that cannot change on --resume. The data may move: their fingerprint identifies them.
 FIXED_ON_RESUME = field_names(DataConfig, TokenizerConfig, SizeConfig, ModelConfig) | {"seed"}
 FIXED_ON_RESUME -= {"dataset", "num_workers", "dropout", "attention"}
+# Options in which runs of several seeds may differ: the seed, and what changes no result.
+FREE_OF_SEEDS = {"seed", "seeds", "run_dir", "resume", "overwrite", "device", "dataset"}
+FREE_OF_SEEDS |= {"num_workers", "checkpoint_every"}
 
 
 # ------------------------------------------------------------------------------------------- parser
@@ -168,13 +176,9 @@ def build_parser(groups: Groups = GROUPS) -> Parser:
     """One flag for each field of the settings classes; a flag that is not given is absent."""
     parser = Parser(
         usage="%(prog)s [options]",
-        description="Trains and tests the Transformer of Attention Is All You Need. Without "
-        "options: on embedded movie reviews, on the best device of this machine. The defaults "
-        f"below are those of {DataConfig.dataset}; libreoffice_help and --task translation have "
-        "others, and for your own data --batch-size, --ensemble, --epochs and --warmup-steps "
-        "follow from its size. config.json of a run lists all.",
+        description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=100),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 100),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -185,15 +189,6 @@ def build_parser(groups: Groups = GROUPS) -> Parser:
         for f in (f for config in configs for f in fields(config)):
             add_option(group, f, defaults.get(f.name))
     return parser
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Wraps the help of options, and leaves the examples as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text == EXAMPLES:
-            return text
-        return super()._fill_text(text, width, indent)
 
 
 def parse_args(
@@ -223,6 +218,21 @@ def parse_args(
     if misspelled:
         raise BadInput(*misspelled, *problems)
     return given, problems
+
+
+def value_problems(name: str, value: Any) -> list[str]:
+    """What is wrong with an option that Python gives, a line each."""
+    f = option_fields().get(name)
+    if f is None:
+        near = near_flags(format_flag(name), list(map(format_flag, option_fields())))
+        hint = f"did you mean {near[0][2:].replace('-', '_')}?" if near else "see main.py --help"
+        return [f"{name}: no such option; {hint}"]
+    kind = kind_of(f)
+    fits = isinstance(value, int | float if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        return [f"{name}={value!r}: give a value of type {kind.__name__}"]
+    problem = limit_problem(name, value, f.metadata, str(value))
+    return [problem] if problem else []
 
 
 def encoding_problem(name: str, value: Any) -> str | None:
@@ -280,6 +290,8 @@ def resolve(given: dict[str, Any]) -> SimpleNamespace:
     recipe = {name: value for name, value in recipe.items() if name not in replaced}
     size = SIZES.get(given.get("model", recipe.get("model", defaults["model"])), ModelConfig())
     options = SimpleNamespace(**{**defaults, **asdict(size), **recipe, **given})
+    if options.batch_tokens and not BATCH_LIMITS & given.keys():  # a batch holds any sentence
+        options.batch_tokens = max(options.batch_tokens, options.max_length)
     if options.lr is None:
         options.lr = paper_lr(d_model=options.d_model, warmup_steps=options.warmup_steps)
     return options
@@ -317,25 +329,23 @@ def command_problems(given: dict[str, Any], commands: list[str]) -> list[str]:
     problems = []
     if len(commands) > 1:
         problems.append(f"{' and '.join(map(format_flag, commands))}: give one of them")
-    if "resume" in given and commands:
-        problems.append(f"--resume and {format_flag(commands[0])}: give one of the two")
-    if "resume" in given and "overwrite" in given:
-        problems.append("--resume and --overwrite: give one of the two")
+    pairs = [("resume", other) for other in (*commands[:1], "overwrite", "init_from")]
+    pairs += [("seeds", other) for other in (*commands, "resume", "seed")]
+    problems += [
+        f"{format_flag(a)} and {format_flag(b)}: give one of the two"
+        for a, b in pairs
+        if {a, b} <= given.keys()
+    ]
     problems += [
         f"{format_flag(name)}: only with {format_flag(command)}; add it, or leave this out"
         for command, names in ONLY_WITH.items()
         for name in names
         if name in given and command not in given
     ]
-    if "seeds" in given:
-        others = [format_flag(name) for name in (*commands, "resume", "seed") if name in given]
-        problems += [f"--seeds and {flag}: give one of the two" for flag in others]
-        if "run_dir" not in given:
-            problems.append("--seeds: name the folder of the runs with --run-dir")
+    if "seeds" in given and "run_dir" not in given:
+        problems.append("--seeds: name the folder of the runs with --run-dir")
     if "export" in given and "to" not in given:
         problems.append(f"--export {given['export']}: name the new folder with --to")
-    if "init_from" in given and "resume" in given:
-        problems.append("--init-from and --resume: give one of the two")
     allowed = {
         "compare": {"compare", "figure", "allow_different_work"},
         "predict": (INFERENCE_OPTIONS | {"source_column", "columns"})
@@ -363,6 +373,12 @@ def parse_seeds(text: str) -> list[int]:
     if not found:
         raise BadInput(f"--seeds {text}: no seed; give the smaller number first")
     return found
+
+
+def different_options(options: dict[str, Any], others: dict[str, Any]) -> list[str]:
+    """The options, as on the command line, of a run that are not those of a run of another seed."""
+    names = [name for name in option_fields() if name not in FREE_OF_SEEDS]
+    return [format_option(n, options[n]) for n in names if options[n] != others[n]]
 
 
 def saved_options(config: dict[str, Any], path: Any) -> dict[str, Any]:

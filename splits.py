@@ -271,8 +271,13 @@ def cut_missing(tables: dict[str, Table], classifies: bool) -> dict[str, Table]:
     return dict(sorted(tables.items(), key=lambda item: SPLITS.index(kind_of(item[0]))))
 
 
-def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> Splits:
-    """The splits of the kinds wanted. Raises BadInput."""
+def load_splits(
+    config: DataConfig, wanted: Sequence[str] = SPLITS, *, for_test: bool = False
+) -> Splits:
+    """The splits of the kinds wanted. Raises BadInput.
+
+    for_test: rows that belong to no split are all for testing, as when the model has other data.
+    """
     cache_folder()
     name, config_name = config.dataset, config.dataset_config
     columns = {key: getattr(config, key) for key in ("source_column", "target_column", "task")}
@@ -296,6 +301,9 @@ def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> Splits:
     else:
         known = ", ".join(embedded())
         raise BadInput(f"--dataset {name}: no such file or folder; embedded data sets are {known}")
+    if for_test and set(splits.tables) == {"train"}:
+        for by_split in (splits.tables, splits.sources):
+            by_split["test"] = by_split.pop("train")
     tables = splits.tables
     if not set(wanted) <= set(map(kind_of, tables)):
         if "train" not in tables:

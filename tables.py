@@ -94,9 +94,10 @@ def header_problem(names: list[str], columns: tuple[str, ...], delimiter: str) -
 
 
 def delimiter_of(path: Path, columns: tuple[str, ...], names: list[str] | None) -> str:
-    """The delimiter of a csv file: the only one that gives each line as many fields as the first,
-    and the first the columns; else the comma. names: of the columns, if no line names them."""
-    if fits(path, ",", columns, names, n_rows=1):
+    """The delimiter of a csv file: the comma if it gives the first line the columns; else the only
+    one that does, and gives each line as many fields. names: of the columns, if no line has them:
+    then each line must have so many fields."""
+    if not names and fits(path, ",", columns, names, n_rows=1):
         return ","
     fitting = [d for d in DELIMITERS if fits(path, d, columns, names)]
     return fitting[0] if len(fitting) == 1 else ","

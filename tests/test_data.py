@@ -2,12 +2,9 @@
 
 import json
 import os
-import pickle
-import signal
 import subprocess
 import sys
 from itertools import pairwise
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import datasets
@@ -20,8 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from config import DataConfig
-from data import NO_ROWS, NO_TARGET, Batch, TextData, dropout_seed, pad, plan_epoch
-from errors import BadInput, RunFailed
+from data import NO_ROWS, NO_TARGET, Batch, TextData, dropout_seed, map_ahead, pad, plan_epoch
+from errors import BadInput
 from files import SPLITS
 from prepare import load_data
 from settings import resolve
@@ -202,25 +199,6 @@ def test_a_batch_has_the_sentence_the_start_token_and_the_class(word_codec, num_
     assert {t.dtype for t in (batch.src, batch.tgt_in, batch.tgt_out)} == {torch.int64}
 
 
-def test_a_worker_sends_batches_without_shared_memory(word_codec):
-    data = text_data(word_codec, train=[("a b c", "yes")])
-    batch = data.collate([([4, 2], [1])])
-    sent = bytes(ForkingPickler.dumps(batch))
-    assert b"rebuild_storage" not in sent  # of torch.multiprocessing: a file in /dev/shm
-    received = pickle.loads(sent)
-    for name in ("src", "tgt_in", "tgt_out"):
-        assert getattr(received, name).equal(getattr(batch, name))
-    assert (received.n_targets, received.n_tokens) == (batch.n_targets, batch.n_tokens)
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_ends_the_run_with_one_line(word_codec, monkeypatch):
-    data = text_data(word_codec, train=[("a b c", "yes")], num_workers=1)
-    monkeypatch.setattr(data, "collate", lambda pairs: os.kill(os.getpid(), signal.SIGBUS))
-    with pytest.raises(RunFailed, match=r"^--num-workers 1: a worker .*; give --num-workers 0$"):
-        list(data.load("train", [np.array([0])], CPU))
-
-
 def test_pad_to_gives_every_batch_the_same_width(word_codec):
     data = text_data(word_codec, train=[("a", "yes"), ("a b", "no")], pad_to=6, max_length=6)
     batches = data.load("train", [np.array([0]), np.array([1])], CPU)
@@ -393,7 +371,7 @@ def test_steps_that_begin_in_the_middle_of_an_epoch_are_the_rest_of_its_steps(wo
     assert data.steps(plan, **shape, begin=len(plan)) == []
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_each_step_is_loaded_with_its_micro_batches_and_dummy_batches(num_workers, word_codec):
     data = translations(word_codec, num_workers=num_workers)
     plan = data.plan("train", epoch=1)
@@ -451,24 +429,15 @@ def test_ids_of_any_vocabulary_are_kept(last_id):
 
 def test_damaged_ids_are_made_again(word_codec, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    before = translations(word_codec).rows["train"].__getitems__(range(37))
+    before = translations(word_codec).rows["train"].pairs(range(37))
     (file,) = tmp_path.rglob("*.ids")
     content = file.read_bytes()
     for damaged in (content[:-1], b"", bytes(len(content))):
         file.unlink()  # the tables of before are mapped from it
         file.write_bytes(damaged)
-        after = translations(word_codec).rows["train"].__getitems__(range(37))
+        after = translations(word_codec).rows["train"].pairs(range(37))
         assert file.read_bytes() == content
         assert all(map(np.array_equal, sum(after, ()), sum(before, ())))
-
-
-def test_a_worker_is_sent_the_name_of_the_file_not_its_rows(word_codec):
-    rows = translations(word_codec, n=2000).rows["train"]
-    sent = pickle.dumps(rows)
-    assert len(sent) < 1000
-    assert all(
-        map(np.array_equal, pickle.loads(sent).__getitems__([7])[0], *rows.__getitems__([7]))
-    )
 
 
 # Loads and reports the default data, and prints what that should not need.
@@ -487,3 +456,14 @@ def test_data_are_loaded_without_slow_imports():
     for _ in range(2):  # the first fills the cache
         out = subprocess.check_output(command, cwd=PROJECT, text=True, timeout=WAIT_LIMIT)
     assert out.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("n_threads", [0, 1, 3])
+def test_items_are_computed_in_order_and_only_a_few_ahead(n_threads):
+    taken = []
+    results = map_ahead(lambda i: 1 / (7 - i), (taken.append(i) or i for i in range(9)), n_threads)
+    assert [next(results) for _ in range(4)] == [1 / 7, 1 / 6, 1 / 5, 1 / 4]
+    assert len(taken) <= 4 + 2 * n_threads
+    assert [next(results) for _ in range(3)] == [1 / 3, 1 / 2, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PROJECT, refuse, run_quietly, toy_corpus, translate_toy
+from helpers import PROJECT, refuse, refuse_with, run_quietly, toy_corpus, translate_toy
 
 import export
 import main
 from decoding import beam_search
+from errors import BadInput
 from jobs import load, load_job
 
 TRANSLATOR = ("--epochs", "40", "--warmup-steps", "20", "--beam-size", "3")
@@ -146,6 +147,18 @@ def test_the_search_of_the_documentation_answers_as_rhea_does(from_there, tmp_pa
         assert changed != code
         exec(changed, {})
         assert capsys.readouterr().out.strip() == model(source)
+
+
+@needs("onnx")
+def test_a_model_is_exported_without_its_data(run_copy, tmp_path, monkeypatch, capsys):
+    def gone(*_):
+        raise BadInput("--dataset x: no such file")
+
+    monkeypatch.setattr(export, "load_splits", gone)
+    out = run_export(run_copy, "onnx", tmp_path / "out")
+    assert "100 of 100 answers to sentences of random tokens (no data: --dataset x" in out
+    argv = ["--export", "onnx", "--run-dir", str(run_copy), "--to", "new", "--dataset", "x"]
+    refuse_with(argv, ["--dataset x: no such file"], capsys)
 
 
 @needs("ctranslate2")

@@ -125,6 +125,12 @@ def test_other_data_use_the_recipe_of_their_task():
         assert {k for k in own if own[k] != ours[k]} == {"dataset"}
 
 
+def test_a_batch_of_a_recipe_holds_the_longest_sentence():
+    given = {"dataset": "my.csv", "task": "translation", "max_length": 3000}
+    assert settings.resolve(given).batch_tokens == 3000
+    assert settings.resolve(given | {"batch_tokens": 5}).batch_tokens == 5  # and is refused
+
+
 def test_without_a_recipe_the_learning_rate_is_the_papers(monkeypatch):
     recipe = {"warmup_steps": 4000, "model": "base"}
     monkeypatch.setitem(settings.RECIPES, "rotten_tomatoes", recipe)

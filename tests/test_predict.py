@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PROJECT, TINY, csv_bytes, refuse_with, run_quietly, write_files
+from helpers import PROJECT, TINY, csv_bytes, refuse_with, run_quietly, write_files, write_parquet
 
 import jobs
 import main
 import predict
 from config import DecodingConfig, ModelConfig, TokenizerConfig
 from decoding import EXTRA_LENGTH, beam_search
+from errors import BadInput
 from models import Transformer, TransformerClassifier
 from predict import Predictor, live_portions, portions
 from tokenization import train_tokenizer
@@ -364,6 +366,7 @@ def test_predicting_does_not_need_the_packages_of_the_bleu_tokenizer(train, monk
     monkeypatch.setitem(sys.modules, "MeCab", None)  # cannot
     write_files({"in.txt": b"good\n"})
     assert run_quietly("--run-dir", run, "--predict", "in.txt").count("\t") == 1
+    assert jobs.load(run, device="cpu")("good") in ("negative", "positive")
 
 
 def test_standard_input_is_refused_for_several_processes(run_copy, capsys, monkeypatch):
@@ -394,6 +397,8 @@ def test_python_and_the_command_line_give_the_same_answers(run_copy):
     model = jobs.load(str(run_copy), device="cpu")
     assert model("dull .") == model(texts)[2] and model("") == ""
     expected = model.best(texts, 2)
+    assert [label for label, _ in model.best("dull .", 2)] == [label for label, _ in expected[2]]
+    assert model.probabilities("dull .").keys() == {"negative", "positive"}
     for row, p in zip(expected, model.probabilities(texts)):
         assert p == dict(row) and (not row or sum(p.values()) == pytest.approx(1))
 
@@ -409,6 +414,20 @@ def test_python_and_the_command_line_give_the_same_answers(run_copy):
     assert [row["text"] for row in rows] == texts and rows[1]["answers"] == []
     label, p = expected[0][0]
     assert rows[0]["answers"] == [{"label": label, "probability": round(p, 6)}]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"precision": "int8"}, "--precision int8: give one of fp32"),
+        ({"beam_sise": 3}, "beam_sise: no such option; did you mean beam_size"),
+        ({"batch_size": "4"}, "batch_size='4': give a value of type int"),
+        ({"epochs": 3}, "--epochs 3: not for --predict"),
+    ],
+)
+def test_an_option_that_python_cannot_give_is_refused(options, words, run_copy):
+    with pytest.raises(BadInput, match=re.escape(words)):
+        jobs.load(run_copy, **options)
 
 
 def test_output_is_complete_or_does_not_exist(run_copy, monkeypatch, capsys):
@@ -458,13 +477,23 @@ def test_the_source_column_of_a_table_is_answered_beside_its_other_columns(run_c
     write_files({"in.json": json.dumps(rows).encode(), "in.csv": csv_bytes([("dull .", "x")])})
     expected = run_quietly(*argv, "in.txt")
     assert run_quietly(*argv, "in.json") == expected
-    run_quietly(*argv, "in.json", "--output", "out.jsonl")
+    rows[0]["n"] = [float("nan"), float("inf")]
+    write_parquet("in.parquet", {k: [row.get(k) for row in rows] for k in ("id", "text", "n")})
+    run_quietly(*argv, "in.parquet", "--output", "out.jsonl")
+    assert "NaN" not in Path("out.jsonl").read_text() and "Inf" not in Path("out.jsonl").read_text()
+    rows[0]["n"], rows[1]["n"] = [None, None], None
     found = [json.loads(line) for line in Path("out.jsonl").read_bytes().splitlines()]
     assert [{k: v for k, v in row.items() if k != "answers"} for row in found] == rows
     assert [row["answers"][0]["label"] for row in found] == [x for x, _ in parse(expected)]
-    refuse_with(
-        [*argv, "in.csv", "--source-column", "review"], ["no column review", "only"], capsys
-    )
-    write_files({"bare.csv": b"7,dull .\n"})
-    bare = run_quietly(*argv, "bare.csv", "--columns", "id,text")
-    assert parse(bare)[0][0] in ("negative", "positive")
+    capsys.readouterr()
+    words = ["no column review", "only"]
+    refuse_with([*argv, "in.csv", "--source-column", "review"], words, capsys)
+    write_files({"bare.csv": b"7,dull .\n", "bare.txt": b"7\tdull .\n8\tgood, fine\n"})
+    for name in ("bare.csv", "bare.txt"):
+        (first, *_) = parse(run_quietly(*argv, name, "--columns", "id,text"))
+        assert first == parse(expected)[1] or first[0] in ("negative", "positive")
+    bare = parse(run_quietly(*argv, "bare.txt", "--columns", "id,text"))
+    write_files({"plain.txt": b"dull .\ngood, fine\n"})
+    assert bare == parse(run_quietly(*argv, "plain.txt"))
+    words = ["--source-column id: plain.txt has lines", "--columns"]
+    refuse_with([*argv, "plain.txt", "--source-column", "id"], words, capsys)

@@ -14,6 +14,7 @@ import comp_utils
 import records
 from config import ASSETS
 from records import read_records, seconds_text
+from settings import resolve
 
 EPOCH_TIMES = ASSETS / "epoch_times.jsonl"
 
@@ -47,9 +48,8 @@ def test_runs_of_several_seeds_are_one_record_with_mean_and_deviation(slice_of_r
     assert "2 runs" in out[3] or "2 runs" in out[4]
     values = [100 * events(f"two/seed-{i}", "test")[-1]["accuracy"] for i in (0, 1)]
     mean, deviation = statistics.mean(values), statistics.stdev(values)
-    scores = f"accuracy {mean:.2f} ± {deviation:.2f}, loss"
-    assert out[-2].startswith(f"two: test of 2 runs, mean ± standard deviation: {scores}")
-    assert out[-1].startswith(f"two/seed-0: test: accuracy {values[0]:.2f}, loss")
+    assert out[-2].startswith(f"two: test accuracy {mean:.2f} ± {deviation:.2f} (")
+    assert out[-1].startswith(f"two/seed-0: test accuracy {values[0]:.2f}; test macro_f1")
 
 
 def test_a_folder_with_a_record_alone_is_compared():
@@ -58,12 +58,14 @@ def test_a_folder_with_a_record_alone_is_compared():
     assert "3    1.5         6  Some" in run_quietly("--compare", "alone")
 
 
-def test_runs_that_did_other_work_are_not_one_record(train, capsys):
+@pytest.mark.parametrize("flag, values", [("--d-ff", (16, 32)), ("--lr", (1, 2))])
+def test_runs_that_differ_in_more_than_the_seed_are_not_one_record(flag, values, train, capsys):
     Path("both").mkdir()
-    for name, size in (("a", 16), ("b", 32)):
-        shutil.move(train(name, "--max-steps", 1, "--d-ff", size), f"both/{name}")
+    for name, value in zip("ab", values):
+        shutil.move(train(name, "--max-steps", 1, flag, value), f"both/{name}")
     capsys.readouterr()
-    refuse_with(["--compare", "both"], ["--compare both", "other work", "one by one"], capsys)
+    words = ["--compare both", f"differ in more than the seed ({flag} ", "one by one"]
+    refuse_with(["--compare", "both"], words, capsys)
 
 
 def test_records_of_earlier_versions_are_read():
@@ -86,6 +88,15 @@ def test_the_printed_command_adds_the_record(slice_of_reviews, monkeypatch):
     subprocess.run(command, shell=True, check=True)
     assert len(read_records("epoch_times.jsonl")) == 2
     assert read_records("epoch_times.jsonl")[1] == read_records(run)[0]
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [({"num_workers": 1}, "original"), ({"ensemble": 2}, "original, changed"), ({}, "original")],
+)
+def test_a_workload_that_was_changed_says_so(given, name):
+    options = vars(resolve({"workload": "original", **given}))
+    assert records.as_record({}, {}, options)["workload"] == name
 
 
 # ------------------------------------------------------------------------------------ what is shown

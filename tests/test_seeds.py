@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import PROJECT, TINY, csv_bytes, events, run_quietly, write_files
+from helpers import PROJECT, TINY, csv_bytes, events, refuse_with, run_quietly, write_files
 from runs import only_error
 
 import main
@@ -19,6 +19,7 @@ from files import text_of
 from jobs import load_job
 from records import as_record
 from run_folder import RunFolder
+from scoring import scores_of_runs
 
 SHORT = [*TINY, "--max-steps", "2"]
 
@@ -44,6 +45,7 @@ def test_seeds_are_tested_alone_continued_and_overwritten(slice_of_reviews, caps
     with monkeypatch.context() as patch:  # before the first checkpoint
         patch.setattr(procedures.Trainer, "warm_up", killed)
         assert main.main([*argv, "0,1"]) == 143
+        assert "the other seeds as well" in capsys.readouterr().err
     run_quietly(*argv, "0,1")
     capsys.readouterr()
     run_quietly(*argv, "2,3")
@@ -53,7 +55,9 @@ def test_seeds_are_tested_alone_continued_and_overwritten(slice_of_reviews, caps
     write_files({"test_other.csv": FILMS})
     run_quietly("--run-dir", "r/seed-2", "--test-only", "--dataset", "test_other.csv")
     mean = statistics.mean([before, events("r/seed-3", "test")[-1]["accuracy"]])
-    assert f"accuracy: {100 * mean:.2f}" in run_quietly(*argv, "2,3")
+    assert f"test accuracy {100 * mean:.2f} ±" in run_quietly(*argv, "2,3")
+    capsys.readouterr()
+    refuse_with([*argv, "2,4", "--lr", "0.5"], ["r/seed-2 has --lr 0.001", "--overwrite"], capsys)
     steps = [event["step"] for event in events("r/seed-3", "step")]
     run_quietly(*argv, "3", "--overwrite", "--max-steps", "1")
     assert [event["step"] for event in events("r/seed-3", "step")] == steps[:1] == [1]
@@ -76,14 +80,14 @@ def test_a_finished_run_is_resumed_with_more_checkpoints_to_average(run_copy):
     assert len(events("copy", "test")) == 1
 
 
-def test_a_seed_without_a_test_result_is_named(finished, slice_of_reviews, capsys):
+def test_a_seed_without_a_test_result_is_named(finished, slice_of_reviews, capsys, monkeypatch):
     shutil.copytree(finished[0], "r/seed-0")
     metrics = Path("r/seed-0/metrics.jsonl")
     lines = metrics.read_text().splitlines(True)
     metrics.write_text("".join(line for line in lines if '"test"' not in line))
     argv = [*TINY, "--dataset", str(slice_of_reviews), "--run-dir", "r", "--seeds", "0"]
-    status = main.main([*argv, "--max-steps", "1"])
-    only_error(capsys, status, 2, "--seeds", "no test result")
+    monkeypatch.setattr(main, "resume", lambda *args: None)
+    only_error(capsys, main.main(argv), 2, "--seeds", "no test result")
 
 
 @pytest.mark.slow
@@ -108,7 +112,43 @@ def test_a_quoted_tsv_is_answered_as_it_was_read_in_training(run_copy, capsys):
 def test_test_only_says_what_it_cut(run_copy):
     write_files({"semi.csv": FILMS.replace(b",", b";")})
     out = run_quietly("--run-dir", "copy", "--test-only", "--dataset", "semi.csv")
-    assert "cut from train" in out and "delimiter is ';'" in out
+    assert "test: semi.csv" in out and "delimiter is ';'" in out
+    assert "test of 90 sentences" in out  # no tenth: none of them was trained on
+
+
+def test_the_tenth_that_was_cut_from_training_is_tested():
+    write_files({"films.csv": FILMS})
+    run_quietly(*SHORT, "--dataset", "films.csv", "--run-dir", "r")
+    n = events("r", "test")[0]["sentences"]
+    use = ["--run-dir", "r", "--test-only"]
+    for dataset in ([], ["--dataset", "films.csv"], ["--dataset", Path("films.csv").absolute()]):
+        assert f"test of {n} sentences" in run_quietly(*use, *dataset)
+
+
+def test_columns_are_those_of_the_data_they_were_given_for(slice_of_reviews):
+    write_files({"films.txt": FILMS.partition(b"\n")[2], "test.csv": FILMS})
+    argv = [*SHORT, "--dataset", "films.txt", "--columns", "text,label", "--run-dir", "r"]
+    run_quietly(*argv)
+    for dataset in ("test.csv", slice_of_reviews):
+        out = run_quietly("--run-dir", "r", "--test-only", "--dataset", dataset)
+        assert "error" not in out and "test of" in out
+
+
+@pytest.mark.slow
+def test_runs_that_were_padded_to_different_lengths_answer_together(slice_of_reviews):
+    for i, lengths in enumerate((("--max-length", 40, "--pad-to", 90), ("--max-length", 30))):
+        run_quietly(*SHORT, "--dataset", slice_of_reviews, "--run-dir", f"r/{i}", *lengths)
+    assert "test of 40 sentences" in run_quietly("--run-dir", "r", "--test-only")
+
+
+def test_the_scores_of_each_test_set_are_summed_up():
+    runs = [
+        [{"split": "test.a", "accuracy": 0.5}, {"split": "test.b", "accuracy": x}] for x in (0, 1)
+    ]
+    assert scores_of_runs(runs) == [
+        "test.a accuracy 50.00 ± 0.00 (50.00, 50.00)",
+        "test.b accuracy 50.00 ± 70.71 (0.00, 100.00)",
+    ]
 
 
 def test_shared_files_name_no_folder(run_copy):
