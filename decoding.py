@@ -101,7 +101,7 @@ def beam_search(
     log_p = torch.full((b, k), -math.inf, device=device)  # (n, k), -inf: no open hypothesis
     log_p[:, 0] = 0.0  # the k empty hypotheses of a sentence are the same one
     n_open = torch.full((b, 1), k, device=device)  # (n, 1), hypotheses that have not ended
-    best = torch.full((b, n_best), -math.inf, device=device)  # (n, n_best), scores of the others
+    best = torch.full((b, n_best), -math.inf, device=device)  # (n, n_best), scores of ended ones
     rank = torch.arange(2 * k, device=device)
     while len(sentences):
         length = tokens.shape[2]  # of a hypothesis with its next token
@@ -135,7 +135,7 @@ def beam_search(
             cache.keep(kept)
             tokens, log_p, best, n_open = tokens[kept], log_p[kept], best[kept], n_open[kept]
             sentences, limits = sentences[kept], limits[kept]
-    for hypotheses, others in zip(found, unended):
-        hypotheses.sort(key=itemgetter(0), reverse=True)
-        hypotheses[:] = (hypotheses + others)[:n_best]
+    for ended, cut in zip(found, unended):
+        ended.sort(key=itemgetter(0), reverse=True)
+        ended[:] = (ended + cut)[:n_best]
     return found

@@ -104,7 +104,7 @@ def run_steps(trainer: Trainer, steps: list[Step]) -> None:
     flag = None
     for step, micro_batches in trainer.data.load_steps(steps, trainer.device):
         # The learning rate of the first step throughout: the time does not depend on it.
-        sums = trainer.step(step, micro_batches, trainer.lr_of(1))
+        sums = trainer.step(step, micro_batches, trainer.learning_rate(1))
         stop_agreed(0, flag)
         flag = sums[2]
 

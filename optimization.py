@@ -125,7 +125,7 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=fused)
 
 
-def average(state_dicts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def average_weights(state_dicts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of several models' weights, name by name. Source: AIAYN, section 6.1."""
     state_dicts = list(state_dicts)
     return {

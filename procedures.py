@@ -25,7 +25,7 @@ from ddp_utils import (
 )
 from errors import Diverged, RunFailed, Stopped, StopSignals
 from evaluation import evaluate_split
-from optimization import add_gradients, average, build_optimizer, lr_at, train_step
+from optimization import add_gradients, average_weights, build_optimizer, lr_at, train_step
 from run_folder import RunFolder, weights_checksum
 from scoring import Evaluation, format_scores
 from step_log import StepLog, epoch_line
@@ -107,7 +107,7 @@ class Trainer:
             or (patience is not None and without_better >= patience)
         )
 
-    def lr_of(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """The learning rate of a step of this run."""
         c = self.config
         shape = {"peak": c.lr, "schedule": c.schedule, "warmup_steps": c.warmup_steps}
@@ -199,12 +199,12 @@ class Trainer:
         n_done = self.steps_of(state.n_micro_batches)
         progress = Progress(f"epoch {state.epoch}/{config.epochs}", n_done + len(steps), n_done)
         log = StepLog(self.folder if rank() == 0 else None, progress, state)
-        n_signals = None  # received by all ranks before the step before: read when it has arrived
+        stop_flag = None  # of the step before, to be read when it has arrived
         self.runner.train()
         began = synchronized_time(self.device)
         with self.signals.held(), log.opened():
             for step, micro_batches in self.data.load_steps(steps, self.device):
-                lr = self.lr_of(state.step + 1)
+                lr = self.learning_rate(state.step + 1)
                 sums = self.step(step, micro_batches, lr)
                 state.step += 1
                 state.n_micro_batches += step.n_micro_batches
@@ -219,9 +219,9 @@ class Trainer:
                     self.save()
                     log.restart_clock()
                     began = synchronized_time(self.device)
-                if stop_agreed(self.signals.received, n_signals):
+                if stop_agreed(self.signals.received, stop_flag):
                     break
-                n_signals = sums[2]
+                stop_flag = sums[2]
             state.seconds += synchronized_time(self.device) - began
             log.flush()
             raise_if_stopped(self.signals)
@@ -269,14 +269,14 @@ class Trainer:
         self.runner.train()
         if not math.isfinite(result.loss):
             return  # the loss of a training step says so, and where
-        is_better = self.config.average_checkpoints == 1 and self.save_best(result)
+        is_better = self.config.average_checkpoints == 1 and self.save_if_best(result)
         if rank() == 0:
             scores = {f"validation_{name}": value for name, value in result.scores.items()}
             self.folder.log(event="validation", step=state.step, epoch=state.epoch, **scores)
         scores = format_scores(result.scores, "loss", "accuracy")
         say(f"step {state.step}: validation {scores}{', best' * is_better}")
 
-    def save_best(self, result: Evaluation) -> bool:
+    def save_if_best(self, result: Evaluation) -> bool:
         """Saves the weights if no validation was better. Returns whether that is so."""
         state, is_better = self.state, not self.state.best_epoch or result.rank > self.state.best
         if is_better:
@@ -287,7 +287,7 @@ class Trainer:
 
     def keep_weights(self, result: Evaluation) -> bool:
         """Saves the weights if they are the best, and keeps them for averaging."""
-        is_better = self.save_best(result)
+        is_better = self.save_if_best(result)
         if rank() == 0:
             is_whole = self.state.n_micro_batches == self.n_plan
             self.kept.add(self.model, is_better=is_better, is_whole_epoch=is_whole)
@@ -323,7 +323,7 @@ class Trainer:
         with raise_on_all_ranks():
             if rank() == 0 and averages:
                 epochs = self.kept.chosen(self.model, is_cut=is_cut)
-                self.model.load_state_dict(average(epochs), strict=False)  # tied weights: once
+                self.model.load_state_dict(average_weights(epochs), strict=False)  # tied weights: once
                 self.folder.save_weights(self.model)
                 n_averaged = len(epochs)
             elif rank() == 0:

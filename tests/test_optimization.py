@@ -25,7 +25,7 @@ from config import ModelConfig
 from data import NO_TARGET, Batch, pad
 from models import Transformer
 from optimization import (
-    average,
+    average_weights,
     build_optimizer,
     disagreement_sum,
     loss_sums,
@@ -218,7 +218,7 @@ def test_steps_count_from_1(step, warmup_steps):
 
 def test_average_is_the_mean_of_each_weight():
     models = [transformer() for _ in range(3)]
-    mean = average(model.state_dict() for model in models)
+    mean = average_weights(model.state_dict() for model in models)
     assert mean.keys() == models[0].state_dict().keys()
     for name, p in mean.items():
         a, b, c = (model.state_dict()[name] for model in models)

@@ -94,9 +94,9 @@ def test_patience_stops_a_run_that_does_not_improve(train):
 
 @pytest.mark.slow
 def test_average_checkpoints_saves_the_mean_of_the_last_epochs(train, monkeypatch):
-    averaged, average = [], procedures.average
+    averaged, average = [], procedures.average_weights
     monkeypatch.setattr(
-        procedures, "average", lambda dicts: averaged.append(list(dicts)) or average(averaged[-1])
+        procedures, "average_weights", lambda dicts: averaged.append(list(dicts)) or average(averaged[-1])
     )
     # With a constant rate the first epochs of a longer run are those of a shorter one.
     constant = ("--schedule", "constant", "--lr", "1e-2", "--warmup-steps", 1)
