@@ -323,7 +323,8 @@ class Trainer:
         with raise_on_all_ranks():
             if rank() == 0 and averages:
                 epochs = self.kept.chosen(self.model, is_cut=is_cut)
-                self.model.load_state_dict(average_weights(epochs), strict=False)  # tied weights: once
+                averaged = average_weights(epochs)
+                self.model.load_state_dict(averaged, strict=False)  # tied weights: once
                 self.folder.save_weights(self.model)
                 n_averaged = len(epochs)
             elif rank() == 0:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import TINY
 
 PROJECT = Path(__file__).parent.parent
 EXAMPLES = re.findall(
@@ -21,7 +22,9 @@ CHOICES = {
     "Pre-norm": ("relu", []),
     "Rotary positions": ("rotary", ["--positions", "rotary"]),
 }
-TINY = "--device cpu --n-layers 1 --d-model 16 --d-ff 16 --n-heads 2 --max-steps 4 --run-dir run"
+# The tests, then a training, in one process that imports torch once.
+CODE = "import sys, pytest, main; argv = sys.argv[1:]; i = argv.index('then'); "
+CODE += "sys.exit(pytest.main(argv[:i]) or main.main(argv[i + 1 :]))"
 
 
 def apply_diff(diff: str, folder: Path) -> None:
@@ -64,13 +67,16 @@ def test_the_examples_are_short():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, diff", EXAMPLES, ids=[name for name, _ in EXAMPLES])
-def test_an_example_trains_and_passes_the_tests_of_every_choice(name, diff, tmp_path):
+def test_an_example_trains_and_passes_the_tests_of_every_choice(
+    name, diff, tmp_path, slice_of_reviews
+):
     choice, options = CHOICES[name]
     copy_project(tmp_path)
     apply_diff(diff, tmp_path)
     modules = ["tests/test_models.py", "tests/test_decoding.py"]
     tests = f"{choice} and (padding or later_logits or parameter or forms or cached)"
-    output = run(tmp_path, "-m", "pytest", "-v", *modules, "-k", tests)
+    training = [*TINY, "--dataset", slice_of_reviews, "--max-steps", "4", "--run-dir", "run"]
+    argv = ["-v", "-p", "no:xdist", *modules, "-k", tests, "then", *training, *options]
+    output = run(tmp_path, "-c", CODE, *map(str, argv))
     assert re.search(rf"test_cached_steps_match\S*{choice}\S* PASSED", output)
-    run(tmp_path, "main.py", *TINY.split(), *options)
     assert (tmp_path / "run" / "best.safetensors").is_file()

@@ -45,9 +45,8 @@ def test_a_word_that_decides_is_learned():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [list, lambda line: line[::-1]], ids=["copy", "reversal"])
-def test_a_toy_task_is_learned_to_the_last_sentence_of_the_test_split(tmp_path, capsys, change):
-    toy_corpus(tmp_path, change)
+def test_reversal_is_learned_to_the_last_sentence_of_the_test_split(tmp_path, capsys):
+    toy_corpus(tmp_path, lambda line: line[::-1])
     assert translate_toy(tmp_path, "--epochs", "25", "--average-checkpoints", "1") == 0
     hypotheses = (tmp_path / "run" / "test.hypotheses.txt").read_text()
     assert hypotheses == (tmp_path / "test.out").read_text()
@@ -60,7 +59,7 @@ def test_a_toy_task_is_learned_to_the_last_sentence_of_the_test_split(tmp_path, 
 
     # Using the model takes its folder alone; a blank line stays one.
     write_text_lines(tmp_path / "new.txt", ["a b c", "", "h g"])
-    expected = [" ".join(change(line.split())) for line in ("a b c", "", "h g")]
+    expected = ["c b a", "", "g h"]
     for beam_size in ("1", "4"):
         use = ["--run-dir", "run", "--predict", "new.txt", "--beam-size", beam_size]
         assert main.main(use) == 0
@@ -95,9 +94,12 @@ def test_patience_stops_a_run_that_does_not_improve(train):
 @pytest.mark.slow
 def test_average_checkpoints_saves_the_mean_of_the_last_epochs(train, monkeypatch):
     averaged, average = [], procedures.average_weights
-    monkeypatch.setattr(
-        procedures, "average_weights", lambda dicts: averaged.append(list(dicts)) or average(averaged[-1])
-    )
+
+    def recorded(dicts):
+        averaged.append(list(dicts))
+        return average(averaged[-1])
+
+    monkeypatch.setattr(procedures, "average_weights", recorded)
     # With a constant rate the first epochs of a longer run are those of a shorter one.
     constant = ("--schedule", "constant", "--lr", "1e-2", "--warmup-steps", 1)
     first = load_file(train("one", *constant, "--epochs", 1) / "best.safetensors")

@@ -5,11 +5,14 @@ import math
 import shutil
 import statistics
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
 from helpers import PROJECT, TOY, toy_corpus
+from processes import Forked, run_main
 
 import settings
 from config import ModelConfig
@@ -21,9 +24,17 @@ import table3
 TOY_DATA = "--dataset data --task translation --source-column in --target-column out".split()
 
 
+def run_forked(command: list[str], **_) -> SimpleNamespace:
+    """As subprocess.run, in a warm process."""
+    process = Forked(threading.get_ident(), run_main, command[2:])
+    status = process.wait()
+    return SimpleNamespace(returncode=status, stderr=process.said()[1])
+
+
 def test_rows_are_trained_once_and_compared(monkeypatch, capsys):
     Path("data").mkdir()
     toy_corpus(Path("data"), list, n=100)
+    monkeypatch.setattr(table3.subprocess, "run", run_forked)
     monkeypatch.setattr(table3, "SEEDS", (0, 1))
     monkeypatch.setattr(table3, "ROWS", table3.ROWS[:3:2])
     argv = ["out", "out.png", *TOY_DATA, *TOY.split(), "--max-steps", "2", "--beam-size", "1"]
