@@ -9,6 +9,8 @@ from ddp_utils import rank, sum_across_ranks, world_size
 from optimization import explain_out_of_memory, loss_and_counts
 from scoring import Evaluation
 
+ROWS = 4096  # of logits that exist at once, of each model of an ensemble
+
 
 @torch.inference_mode()
 def evaluate_split(
@@ -36,7 +38,9 @@ def evaluate_split(
         if data.classes:
             pairs = (batch.tgt_out[:, 0].cpu(), output(X)[:, 0].argmax(dim=-1).cpu())  # (b), (b)
             confusion.index_put_(pairs, torch.tensor(1), accumulate=True)
-        return torch.stack(loss_and_counts(X, output, batch.tgt_out, label_smoothing=0.0)[1:])
+        rows = zip(X.flatten(0, 1).split(ROWS), batch.tgt_out.flatten().split(ROWS))
+        parts = (loss_and_counts(x[None], output, t[None], label_smoothing=0.0) for x, t in rows)
+        return sum(torch.stack(part[1:]) for part in parts)
 
     for i, batch in zip(own, data.load(split, [plan[i] for i in own], device)):
         with explain_out_of_memory(batch), autocast(precision, device):

@@ -56,10 +56,11 @@ def finished(slice_of_reviews, tmp_path_factory) -> tuple[Path, list[str], str]:
 def finished_translator(tmp_path_factory) -> tuple[Path, list[str], str]:
     """One run on a toy corpus: its folder, its command line, what it printed."""
     folder = tmp_path_factory.mktemp("translator")
-    toy_corpus(folder, list, n=150)
+    (folder / "data").mkdir()
+    toy_corpus(folder / "data", list, n=150)
     argv = "--task translation --source-column in --target-column out --batch-tokens 512".split()
     tiny = [a for a in TINY if a not in ("--batch-size", "32")]
-    argv += [*tiny, "--dataset", str(folder), "--run-dir", str(folder / "run")]
+    argv += [*tiny, "--dataset", str(folder / "data"), "--run-dir", str(folder / "run")]
     return folder / "run", argv, run_quietly(*argv)
 
 

@@ -14,11 +14,16 @@ from reference import EOS, PAD, each_model, inputs, transformer
 from runs import resume, stop_after
 
 import decoding
+import evaluation
 import jobs
-from data import NO_TARGET, Batch
+from config import DataConfig
+from data import NO_TARGET, Batch, TextData
 from decoding import beam_search, greedy
 from ensemble import Ensemble
+from jobs import load_job
 from optimization import loss_and_counts, train_step
+from settings import extract_config
+from splits import load_splits
 
 SIZES = ({}, {"d_model": 24}, {"n_layers": 1, "n_heads": 2})  # the models may differ
 ENDS = {"bos_id": 1, "eos_id": EOS}
@@ -129,6 +134,23 @@ def test_an_ensemble_stops_resumes_and_answers_as_one_model(slice_of_reviews, ca
     capsys.readouterr()
     argv = ["--run-dir", "run", "--export", "ctranslate2", "--to", "out"]
     refuse_with(argv, ["--export ctranslate2", "one model alone", "an ensemble"], capsys)
+
+
+def test_validation_computes_few_logits_at_once(finished_translator, patch):
+    job, _ = load_job({"run_dir": str(finished_translator[0]), "device": "cpu"}, [])
+    config, codec = extract_config(DataConfig, job.options), job.codec
+    data = TextData(config, load_splits(config, ["validation"]).tables, codec, None)
+    model, counts = Ensemble([job.model, job.model]), []
+    where = {"device": torch.device("cpu"), "precision": "fp32"}
+    expected = evaluation.evaluate_split(job.model, data, "validation", **where)
+    patch.setattr(evaluation, "ROWS", 7)
+    model.output.register_forward_hook(lambda _, args, out: counts.append(out.shape[:-1].numel()))
+    found = evaluation.evaluate_split(model, data, "validation", **where)
+    assert (
+        set(counts[:-1]) == {7}
+        and sum(counts) >= data.sizes("validation", data.plan("validation")).n_targets.sum()
+    )
+    assert (found.loss, found.accuracy) == pytest.approx((expected.loss, expected.accuracy))
 
 
 def test_the_runs_of_a_folder_answer_together(slice_of_reviews, capsys):
