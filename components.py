@@ -211,8 +211,11 @@ class Context:
         return K[:, :, : self.n_tokens], V[:, :, : self.n_tokens]
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps these of the b rows."""
-        self._kept = [kept[rows] for kept in self._kept]
+        """Keeps these of the b rows, in this order; one that keeps its place is not copied."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for kept in self._kept:
+            kept[moved] = kept[rows[moved]]
+        self._kept = [kept[: len(rows)] for kept in self._kept]
 
 
 class MHAttention(nn.Module):

@@ -44,7 +44,7 @@ def greedy(model: nn.Module, src: Tensor, *, bos_id: int, eos_id: int) -> list[l
             ends = zip(sentences[done].tolist(), tokens[done, 1:].tolist(), limits[done].tolist())
             for i, ids, limit in ends:
                 found[i] = ids[: [*ids[:limit], eos_id].index(eos_id)]
-            kept = (~done).nonzero()[:, 0]
+            kept = unfinished(done)
             tokens, limits, sentences = tokens[kept], limits[kept], sentences[kept]
             done = done[kept]
             cache.keep(kept)
@@ -55,6 +55,15 @@ def worth_removing(done: Tensor) -> bool:
     """Whether so many of a batch's sentences (n) are done that it should go on without them."""
     n_done = int(done.sum())
     return n_done == len(done) or n_done > MIN_FINISHED * len(done)
+
+
+def unfinished(done: Tensor) -> Tensor:
+    """The rows that are not done (n), of which the last take the places of those that are."""
+    rows = (~done).nonzero()[:, 0]
+    places = done[: len(rows)].nonzero()[:, 0]
+    order = torch.arange(len(rows), device=done.device)
+    order[places] = rows[len(rows) - len(places) :]
+    return order
 
 
 def best_extensions(log_p: Tensor, X: Tensor, output: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +140,7 @@ def beam_search(
         done = at_limit | (best[:, -1] >= reachable)
         log_p = log_p.masked_fill(done[:, None], -math.inf)
         if worth_removing(done):
-            kept = (~done).nonzero()[:, 0]
+            kept = unfinished(done)
             cache.keep(kept)
             tokens, log_p, best, n_open = tokens[kept], log_p[kept], best[kept], n_open[kept]
             sentences, limits = sentences[kept], limits[kept]
