@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,7 +58,7 @@ class Job:
     data: TextData | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # for config.json and records
     notes: list[str] = field(default_factory=list)  # about the files of the data set
-    is_other_data: bool = False  # whether --dataset names other data than the model was trained on
+    trained_on: tuple[str, ...] = ()  # fingerprints of the data of its runs, once it is trained
 
     @property
     def predictor(self) -> Predictor:
@@ -145,9 +144,7 @@ def load_job(
     with raise_on_all_ranks():
         saved = [saved_options(c, f.path / f.CONFIG) for f, c in zip(folders, configs)]
         replaced = BATCH_LIMITS if BATCH_LIMITS & given.keys() else set()
-        names = (saved[0]["dataset"], given.get("dataset", saved[0]["dataset"]))
-        is_other_data = len({Path(name).expanduser().absolute() for name in names}) > 1
-        if is_other_data:
+        if given.get("dataset", saved[0]["dataset"]) != saved[0]["dataset"]:
             replaced = {*replaced, "columns", "dataset_config"}
         options, device = SimpleNamespace(**{**saved[0], **dict.fromkeys(replaced), **given}), None
         for name in ("max_length", "pad_to"):  # positions that all the models have
@@ -184,13 +181,13 @@ def load_job(
             if rank() == 0:
                 model.load_state_dict(f.read_weights(model), strict=False)  # tied weights: once
         broadcast_tensors(model.parameters())
+    trained_on = tuple(str(own.get("data_fingerprint")) for own in configs)
     if len(models) == 1:
-        job = Job(options, device, codec, classes, models[0], is_other_data=is_other_data)
-        return job, folder
+        return Job(options, device, codec, classes, models[0], trained_on=trained_on), folder
     if rank() == 0:
         names = ", ".join(f.path.name for f in folders)
         print(f"averaging the probabilities of {len(models)} runs: {names}", file=sys.stderr)
-    job = Job(options, device, codec, classes, Ensemble(models), is_other_data=is_other_data)
+    job = Job(options, device, codec, classes, Ensemble(models), trained_on=trained_on)
     return job, RunFolder(folder.path.parent)
 
 

@@ -177,8 +177,7 @@ def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals
     with raise_on_all_ranks():
         if (root / RunFolder.CONFIG).exists():
             raise BadInput(f"--run-dir {root}: holds a run itself; give a folder for one a seed")
-        if rank() == 0:
-            check_same_options(given, [f for f, there in zip(folders, is_there) if there])
+    check_same_options(given, [f for f, there in zip(folders, is_there) if there])
     for seed, folder, there in zip(seeds, folders, is_there):
         own = {**given, "run_dir": str(folder.path)}
         say(f"seed {seed}")
@@ -225,7 +224,8 @@ def test_only(
     job, folder = load_job(given, problems, folders)
     config = extract_config(DataConfig, job.options)
     with local_rank_zero_first():
-        splits = load_splits(config, ["test"], for_test=job.is_other_data)
+        trained_on = job.trained_on if "dataset" in given else None
+        splits = load_splits(config, ["test"], trained_on=trained_on)
         if job.classes:
             check_labels(splits.tables, job.classes)
     with local_rank_zero_first():

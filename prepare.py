@@ -171,15 +171,17 @@ def check_same_options(given: dict[str, Any], folders: list[RunFolder]) -> None:
     given = dict(given)
     origin_of(given, [])
     options = resolve(given)
+    fitted = FITTED - given.keys() if has_fitted_defaults(options) else set()
     for folder in folders:
-        saved = saved_options(folder.read_config(), folder.path / folder.CONFIG)
-        fitted = FITTED - given.keys() if has_fitted_defaults(options) else set()
-        wanted = vars(options) | {name: saved[name] for name in fitted}
-        if others := different_options(saved, wanted):
-            raise BadInput(
-                f"--seeds: the run in {folder.path} has {', '.join(others)}; give the same, or "
-                "another --run-dir, or --overwrite"
-            )
+        config = broadcast_from_rank_zero(folder.read_config)
+        with raise_on_all_ranks():
+            saved = saved_options(config, folder.path / folder.CONFIG)
+            wanted = vars(options) | {name: saved[name] for name in fitted}
+            if others := different_options(saved, wanted):
+                raise BadInput(
+                    f"--seeds: the run in {folder.path} has {', '.join(others)}; give the same, or "
+                    "another --run-dir, or --overwrite"
+                )
 
 
 def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:

@@ -32,6 +32,13 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch):
+    """They take most of the time of a small run, so a test that needs them says so by its mark."""
+    if not request.node.get_closest_marker("pictures"):
+        skip_pictures(monkeypatch.setattr)
+
+
 @pytest.fixture(scope="session")
 def slice_of_reviews(tmp_path_factory) -> Path:
     """A folder with the first embedded reviews as train.csv, validation.csv and test.csv."""
@@ -132,11 +139,6 @@ def patch():
     """Changes that a test can undo before it ends; monkeypatch also holds its folder."""
     with pytest.MonkeyPatch.context() as patch:
         yield patch
-
-
-@pytest.fixture
-def without_pictures(patch):
-    skip_pictures(patch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import procedures
 from data import TextData
 from errors import StopSignals
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "without_pictures")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 # ----------------------------------------------------------------------------------- the same steps

@@ -17,6 +17,7 @@ from config import ASSETS
 from errors import Stopped
 from records import seconds_text
 
+pytestmark = pytest.mark.pictures
 EPOCH_TIMES = ASSETS / "epoch_times.jsonl"
 
 

@@ -33,7 +33,7 @@ import main
 from comp_utils import pick_device
 from errors import BadInput
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_pictures")
+pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", ddp_utils.THREADS_SET: "1"}
 ON_LINUX = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 

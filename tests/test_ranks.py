@@ -26,7 +26,7 @@ from data import TextData
 from errors import BadInput, SharedError
 from step_log import StepLog
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "without_pictures")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 N_STEPS = 8  # of an epoch of reviews, by two processes
 
 

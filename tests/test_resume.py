@@ -27,7 +27,6 @@ from checkpoints import KeptWeights
 from run_folder import RunFolder, json_checksum
 from scoring import Evaluation
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 TASKS = list(COMMANDS)
 EPOCHS = ("--epochs", "3")
 N_STEPS = 15  # of the classification; 5 in an epoch

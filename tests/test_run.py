@@ -202,6 +202,7 @@ def test_a_translator_prints_its_signature_once_and_logs_it(finished_translator)
     assert len({line.index("validation") for line in epochs}) == 1
 
 
+@pytest.mark.pictures
 def test_scores_are_printed_and_logged_before_anything_is_drawn(
     slice_of_reviews, monkeypatch, capsys
 ):

@@ -179,9 +179,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED.keys())
-def test_the_checkpoint_before_is_used_instead_of_a_damaged_one(
-    damage, stopped, unbroken, capsys, without_pictures
-):
+def test_the_checkpoint_before_is_used_instead_of_a_damaged_one(damage, stopped, unbroken, capsys):
     damage(stopped / "last.pt")
     (stopped / "metrics.jsonl").open("a").write('{"event": "st')  # cut as well
     out = resume(stopped)
@@ -203,7 +201,7 @@ def test_two_damaged_checkpoints_are_refused(stopped, capsys):
     assert last == "error: run: cannot be resumed; train again"
 
 
-def test_a_damaged_checkpoint_never_replaces_a_valid_one(stopped, patch, without_pictures):
+def test_a_damaged_checkpoint_never_replaces_a_valid_one(stopped, patch):
     cut(stopped / "last.pt")
     replace = os.replace
 
@@ -284,7 +282,7 @@ def test_lines_with_nul_bytes_are_not_answered(done, capsys):
 
 
 @pytest.mark.slow
-def test_lines_of_nine_megabytes_are_cut_and_counted(capsys, without_pictures):
+def test_lines_of_nine_megabytes_are_cut_and_counted(capsys):
     word = "".join(random.Random(0).choices("abcdefgh", k=1000)) * 9_000
     words = "a b " * 2_250_000
     rows = [*numbered(60), (word, "1"), (words, "0")]
@@ -334,7 +332,7 @@ def test_a_link_or_a_pipe_in_place_of_a_file_is_refused(name, replace, done, cap
 
 @pytest.mark.parametrize("replace", NOT_FILES)
 def test_a_checkpoint_that_is_a_link_or_a_pipe_is_like_a_damaged_one(
-    replace, stopped, unbroken, capsys, without_pictures
+    replace, stopped, unbroken, capsys
 ):
     before = (stopped / "last.pt").read_bytes()
     replace(stopped / "last.pt")
@@ -359,9 +357,7 @@ def test_nothing_is_written_through_a_link(stopped, unbroken):
     assert differences(stopped, unbroken["classification"]) == []
 
 
-def test_folders_with_spaces_and_letters_of_any_alphabet_work(
-    small_data, unbroken, capsys, without_pictures
-):
+def test_folders_with_spaces_and_letters_of_any_alphabet_work(small_data, unbroken, capsys):
     folder = shutil.copytree(
         small_data / DATA["classification"], "\u0434\u0430\u043d\u043d\u044b\u0435 \u00fc b/c d"
     )
@@ -467,7 +463,7 @@ def nearly_done(small_data, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_bytes_never_change_the_result_of_a_resumed_run(
-    name, nearly_done, unbroken, capsys, without_pictures
+    name, nearly_done, unbroken, capsys
 ):
     whole, seen = (nearly_done / name).read_bytes(), set()
 

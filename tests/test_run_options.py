@@ -45,6 +45,7 @@ def test_a_word_that_decides_is_learned():
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_reversal_is_learned_to_the_last_sentence_of_the_test_split(tmp_path, capsys):
     toy_corpus(tmp_path, lambda line: line[::-1])
     assert translate_toy(tmp_path, "--epochs", "25", "--average-checkpoints", "1") == 0

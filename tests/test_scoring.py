@@ -235,6 +235,7 @@ def test_the_signature_is_printed_once_and_follows_the_option(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_a_translation_without_end_is_drawn_no_larger_than_can_be_read(tmp_path, monkeypatch):
     toy_corpus(tmp_path, list, n=100)
 
@@ -248,6 +249,7 @@ def test_a_translation_without_end_is_drawn_no_larger_than_can_be_read(tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_a_test_sentence_longer_than_the_position_table_is_translated_and_drawn(tmp_path):
     toy_corpus(tmp_path, list, n=100)
     for name in ("in", "out"):

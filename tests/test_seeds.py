@@ -123,6 +123,10 @@ def test_the_tenth_that_was_cut_from_training_is_tested():
     use = ["--run-dir", "r", "--test-only"]
     for dataset in ([], ["--dataset", "films.csv"], ["--dataset", Path("films.csv").absolute()]):
         assert f"test of {n} sentences" in run_quietly(*use, *dataset)
+    Path("moved.csv").write_bytes(FILMS)  # the same rows
+    assert f"test of {n} sentences" in run_quietly(*use, "--dataset", "moved.csv")
+    write_files({"few.csv": csv_bytes([("film", "negative"), ("good", "positive")])})
+    assert "test of 2 sentences" in run_quietly(*use, "--dataset", "few.csv")
 
 
 def test_columns_are_those_of_the_data_they_were_given_for(slice_of_reviews):

@@ -39,7 +39,6 @@ import reports
 from errors import Stopped, StopSignals
 from run_folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 EPOCHS = ("--epochs", "3")
 Fault = tuple[str, str, Callable, Callable]  # run folder, words of the error, break, fix
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
