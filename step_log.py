@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,16 +17,6 @@ from run_folder import RunFolder
 from scoring import format_scores
 
 
-@dataclass(frozen=True)
-class StepSums:
-    """What a step leaves on the device, where reading it would make the host wait."""
-
-    number: int  # of the step, from 1
-    lr: float
-    step: Step
-    sums: Tensor  # of `train_step`
-
-
 class StepLog:
     """Collects steps and writes them about once a second.
 
@@ -39,7 +28,8 @@ class StepLog:
 
     def __init__(self, folder: RunFolder | None, progress: Progress, state: TrainingState) -> None:
         self.folder, self.progress, self.state = folder, progress, state
-        self.waiting: list[StepSums] = []
+        # Number of the step, its learning rate, the step, and the sums of `train_step`.
+        self.waiting: list[tuple[int, float, Step, Tensor]] = []
         self.restart_clock()
 
     @contextmanager
@@ -60,7 +50,7 @@ class StepLog:
 
     def add(self, number: int, lr: float, step: Step, sums: Tensor) -> None:
         """Adds a step. Raises Diverged when a loss that is read now is not finite."""
-        self.waiting.append(StepSums(number, lr, step, sums))
+        self.waiting.append((number, lr, step, sums))
         if time.perf_counter() - self.flushed > self.SECONDS_BETWEEN_FLUSHES:
             self.flush()
 
@@ -68,30 +58,32 @@ class StepLog:
         """Reads the losses that wait on the device and writes them. Raises Diverged."""
         if not self.waiting:
             return
-        sums = torch.stack([waiting.sums for waiting in self.waiting]).tolist()
-        elapsed = time.perf_counter() - self.flushed
-        speed = sum(waiting.step.n_tokens for waiting in self.waiting) / elapsed
-        for waiting, (nll, n_correct, _) in zip(self.waiting, sums):
-            self._write(waiting, nll, n_correct, speed)
-        last, loss = self.waiting[-1], sums[-1][0] / self.waiting[-1].step.n_targets
-        text = f"loss {loss:.3f}, lr {last.lr:.2e}, {speed:,.0f} tokens/s"
-        self.progress.advance(len(self.waiting), text)
+        numbers, lrs, steps, sums = zip(*self.waiting)
+        sums = torch.stack(sums).tolist()
+        speed = sum(step.n_tokens for step in steps) / (time.perf_counter() - self.flushed)
+        for number, lr, step, (nll, n_correct, _) in zip(numbers, lrs, steps, sums):
+            self._write(number, lr, step, nll, n_correct, speed)
+        loss = sums[-1][0] / steps[-1].n_targets
+        text = f"loss {loss:.3f}, lr {lrs[-1]:.2e}, {speed:,.0f} tokens/s"
+        self.progress.advance(len(steps), text)
         self.waiting = []
         self.restart_clock()
 
-    def _write(self, waiting: StepSums, nll: float, n_correct: float, speed: float) -> None:
-        state, step, loss = self.state, waiting.step, nll / waiting.step.n_targets
+    def _write(
+        self, number: int, lr: float, step: Step, nll: float, n_correct: float, speed: float
+    ) -> None:
+        state, loss = self.state, nll / step.n_targets
         if not math.isfinite(loss):
             raise Diverged(
-                f"step {waiting.number}: the loss is {loss} at learning rate {waiting.lr:.3g}; give"
-                " a smaller --lr or more --warmup-steps",
-                waiting.number - 1,
+                f"step {number}: the loss is {loss} at learning rate {lr:.3g}; give a smaller --lr "
+                "or more --warmup-steps",
+                number - 1,
             )
         state.nll, state.n_correct = state.nll + nll, state.n_correct + n_correct
         state.n_targets += step.n_targets
         state.n_tokens += step.n_tokens
         if self.folder:
-            facts = {"step": waiting.number, "epoch": state.epoch, "loss": loss, "lr": waiting.lr}
+            facts = {"step": number, "epoch": state.epoch, "loss": loss, "lr": lr}
             self.folder.log(event="step", **facts, tokens_per_second=speed)
 
 

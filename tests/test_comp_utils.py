@@ -64,7 +64,7 @@ def test_cuda_is_queried_for_its_own_figures(fake_cuda, monkeypatch):
     with pytest.raises(BadInput, match="3 processes on this machine, which has 2"):
         comp_utils.pick_device("auto", local_rank=2, local_world_size=3)
     facts = comp_utils.machine_facts(device)
-    assert facts["device_name"] == "NVIDIA Fake" and facts["driver"].startswith("NVIDIA ")
+    assert facts["device_name"] == "NVIDIA Fake" and facts["driver"].startswith("CUDA ")
     assert facts["processor"] != "NVIDIA Fake"
 
 

@@ -63,6 +63,7 @@ def test_a_run_leaves_its_folder_and_nothing_else(finished):
     assert str(run) in out
 
 
+@pytest.mark.pictures
 def test_without_run_dir_the_folder_is_under_runs(slice_of_reviews):
     run_quietly(*TINY, "--dataset", slice_of_reviews, "--max-steps", "1")
     (run,) = Path("runs", slice_of_reviews.name).iterdir()
@@ -395,7 +396,7 @@ def test_weights_of_another_model_are_refused(finished, slice_of_reviews, capsys
         "--dataset three.csv": ["--init-from", "classes negative, positive", "classes 0, 1, 2"],
         "--d-model 96": ["--d-model 96", "--init-from", "leave it out"],
         "--vocab-size 500": ["--vocab-size 500", "--init-from", "leave it out"],
-        "--resume": ["--init-from and --resume"],
+        "--resume": ["--resume and --init-from"],
     }.items():
         argv = ["--run-dir", "new", "--init-from", finished[0], *options.split()]
         if "--dataset" not in options and "--resume" not in options:
@@ -437,7 +438,7 @@ def test_seeds_are_trained_each_and_summed_up(slice_of_reviews, finished):
     values = [100 * test["accuracy"] for test in tests]
     mean, sd = statistics.mean(values), statistics.stdev(values)
     each = ", ".join(f"{value:.2f}" for value in values)
-    assert f"accuracy: {mean:.2f}, {sd:.2f} ({each})" in out.splitlines()
+    assert f"test accuracy {mean:.2f} ± {sd:.2f} ({each})" in out.splitlines()
     assert without_times("r/seed-0") == without_times(finished[0])
     again = run_quietly(*argv, "--seeds", "0,2-3")
     assert again.splitlines()[-3:] == out.splitlines()[-3:]
