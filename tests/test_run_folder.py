@@ -344,6 +344,7 @@ def test_a_checkpoint_that_is_a_link_or_a_pipe_is_like_a_damaged_one(
     assert replace is not link_elsewhere or Path("elsewhere").read_bytes() == before
 
 
+@pytest.mark.pictures
 def test_nothing_is_written_through_a_link(stopped, unbroken):
     """Links in place of files that a run writes are replaced, and their targets stay."""
     Path("victim").write_text("years of work")
