@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from contextlib import chdir
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,6 +54,19 @@ def run_export(run, name, target) -> str:
     return run_quietly("--export", name, "--run-dir", run, "--to", target)
 
 
+@pytest.fixture(scope="module")
+def exported(translator, tmp_path_factory):
+    """The folder of the translator in a format, which is made once, and what that printed."""
+
+    @cache
+    def export_once(name: str) -> tuple[Path, str]:
+        target = tmp_path_factory.mktemp("exported") / "out"
+        with chdir(translator.parent):
+            return target, run_export(translator, name, target)
+
+    return export_once
+
+
 def sources(run):
     """Some sentences as ids, padded, and the model with its special tokens."""
     job, _ = load_job({"run_dir": str(run), "device": "cpu", "test_only": True}, [])
@@ -64,22 +79,22 @@ def sources(run):
 
 
 @each_format
-def test_an_exported_translator_answers_as_rhea_does(name, from_there, tmp_path):
-    out = run_export(from_there, name, tmp_path / "out")
+def test_an_exported_translator_answers_as_rhea_does(name, exported):
+    folder, out = exported(name)
     assert "100 of 100 answers to validation sentences are the same" in out
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert "bleu" in card and "licence: fill in" in card and "version:" in card
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
 @needs("transformers")
-def test_transformers_gives_the_same_logits_and_translations(from_there, tmp_path):
+def test_transformers_gives_the_same_logits_and_translations(from_there, exported):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    run_export(from_there, "transformers", tmp_path / "out")
+    folder, _ = exported("transformers")
     job, texts, _, src = sources(from_there)
-    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     assert batch["input_ids"].tolist() == src.tolist()
     tgt_in = torch.tensor([[job.codec.bos_id, 7, 8, 9]] * 3)
@@ -95,13 +110,13 @@ def test_transformers_gives_the_same_logits_and_translations(from_there, tmp_pat
 
 @needs("ctranslate2")
 @pytest.mark.parametrize("compute_type", ["float32", "int8"])
-def test_ctranslate2_finds_the_same_candidates_in_a_beam(compute_type, from_there, tmp_path):
+def test_ctranslate2_finds_the_same_candidates_in_a_beam(compute_type, from_there, exported):
     import ctranslate2
 
-    run_export(from_there, "ctranslate2", tmp_path / "out")
+    folder, _ = exported("ctranslate2")
     job, _, rows, src = sources(from_there)
     tokens = export.all_tokens(job)
-    translator = ctranslate2.Translator(str(tmp_path / "out"), compute_type=compute_type)
+    translator = ctranslate2.Translator(str(folder), compute_type=compute_type)
     results = translator.translate_batch(
         [[tokens[i] for i in row] for row in rows],
         beam_size=5,
@@ -137,13 +152,13 @@ def test_onnx_gives_the_same_probabilities_for_any_batch(run_copy, tmp_path):
 
 
 @needs("onnx")
-def test_the_search_of_the_documentation_answers_as_rhea_does(from_there, tmp_path, capsys):
-    run_export(from_there, "onnx", tmp_path / "out")
+def test_the_search_of_the_documentation_answers_as_rhea_does(from_there, exported, capsys):
+    folder, _ = exported("onnx")
     text = (PROJECT / "docs" / "running.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     model = load(str(from_there), device="cpu", beam_size=1)
     for source in ("a b c", "d e f g h i j"):
-        changed = code.replace('"my_model", "a b c"', f"{str(tmp_path / 'out')!r}, {source!r}")
+        changed = code.replace('"my_model", "a b c"', f"{str(folder)!r}, {source!r}")
         assert changed != code
         exec(changed, {})
         assert capsys.readouterr().out.strip() == model(source)
