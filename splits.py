@@ -103,7 +103,7 @@ def load_files(path: Path, columns: dict[str, str], column_names: str | None = N
         rows = read_files(sets, sides, quoted_alike, named)
         splits.add(split, names, rows, columns, content)
         splits.notes += [
-            f"{file.name}: the delimiter is {delimiter!r}, the only one that fits each line"
+            f"{file.name}: the delimiter is {delimiter!r}, which fits each line"
             for file in files
             if file_format(file) in (".csv", ".txt") and (named or file_format(file) == ".csv")
             if (delimiter := delimiter_of(file, sides, named)) != ","

@@ -15,7 +15,7 @@ from errors import BadInput
 MAX_LINE_BYTES = 10_000_000  # a longer line is refused before it is held in memory
 csv.field_size_limit(MAX_LINE_BYTES)  # a quoted field may have many lines
 TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-DELIMITERS = ",;\t|"
+DELIMITERS = "\t,;|"  # text may have all of them, but hardly a tab
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]  # (place, row); the place names file and line for messages
@@ -94,13 +94,12 @@ def header_problem(names: list[str], columns: tuple[str, ...], delimiter: str) -
 
 
 def delimiter_of(path: Path, columns: tuple[str, ...], names: list[str] | None) -> str:
-    """The delimiter of a csv file: the comma if it gives the first line the columns; else the only
-    one that does, and gives each line as many fields. names: of the columns, if no line has them:
-    then each line must have so many fields."""
+    """The delimiter of a csv file: the comma if it gives the first line the columns; else the first
+    that does, and gives each line as many fields. names: of the columns, if no line has them: then
+    each line must have so many fields."""
     if not names and fits(path, ",", columns, names, n_rows=1):
         return ","
-    fitting = [d for d in DELIMITERS if fits(path, d, columns, names)]
-    return fitting[0] if len(fitting) == 1 else ","
+    return next((d for d in DELIMITERS if fits(path, d, columns, names)), ",")
 
 
 def fits(

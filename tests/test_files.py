@@ -94,6 +94,12 @@ def test_a_delimiter_that_alone_fits_each_line_is_used_and_named(delimiter):
     assert note.startswith(f"x.csv: the delimiter is {delimiter!r}")
 
 
+def test_a_comma_in_each_text_is_no_delimiter_beside_a_tab():
+    rows = [(f"film {i}, fine", str(i % 2)) for i in range(60)]
+    write("x.txt", "".join(f"{label}\t{text}\n" for text, label in rows))
+    assert all_rows("x.txt", columns="label,text") == Counter(rows)
+
+
 @pytest.mark.parametrize("name, delimiter", [("x.csv", ","), ("x.txt", "\t"), ("x.tsv", "\t")])
 def test_columns_names_what_no_line_names(name, delimiter):
     rows = [(label, text, "id") for text, label in numbered(60)]
