@@ -99,14 +99,18 @@ def load_files(path: Path, columns: dict[str, str], column_names: str | None = N
         quoted_alike = tsv if set(files) & set(tsv) else []
         content = [(file_format(file), sums[file]) for file in [*files, *quoted_alike]]
         content += [file.parent.name for file in files if file_format(file) == ".txt"]
-        content += [named] if named else []
+        delimiters = {
+            file.name: delimiter
+            for file in files
+            if file_format(file) == ".csv" or (named and file_format(file) == ".txt")
+            if (delimiter := delimiter_of(file, sides, named)) != ","
+        }
+        content += [named, delimiters] if named else []
         rows = read_files(sets, sides, quoted_alike, named)
         splits.add(split, names, rows, columns, content)
         splits.notes += [
-            f"{file.name}: the delimiter is {delimiter!r}, which fits each line"
-            for file in files
-            if file_format(file) in (".csv", ".txt") and (named or file_format(file) == ".csv")
-            if (delimiter := delimiter_of(file, sides, named)) != ","
+            f"{name}: the delimiter is {delimiter!r}, which fits each line"
+            for name, delimiter in delimiters.items()
         ]
         delimited = {".csv", ".tsv"} & set(map(file_format, files))
         if delimited and split in splits.tables and (n := count_quoted(splits.tables[split])):
