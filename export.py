@@ -286,6 +286,17 @@ def read_transformers(job: Job, folder: Path) -> Answer:
 # -------------------------------------------------------------------------------------- CTranslate2
 
 
+def linear(theirs: Any, *ours: nn.Module) -> None:
+    """The weights of one or more linear layers as those of one."""
+    theirs.weight = torch.cat([W.weight for W in ours]).detach().numpy()
+    theirs.bias = torch.cat([W.bias for W in ours]).detach().numpy()
+
+
+def norm(theirs: Any, ours: nn.Module) -> None:
+    """The weights of a layer norm."""
+    theirs.gamma, theirs.beta = ours.gamma.detach().numpy(), ours.beta.detach().numpy()
+
+
 def write_ctranslate2(job: Job, folder: Path) -> None:
     """A folder for ctranslate2.Translator, in float32."""
     from ctranslate2.specs import TransformerSpec, common_spec
@@ -298,13 +309,6 @@ def write_ctranslate2(job: Job, folder: Path) -> None:
         pre_norm=False,
         activation=getattr(common_spec.Activation, activation),
     )
-
-    def linear(theirs: Any, *ours: nn.Module) -> None:
-        theirs.weight = torch.cat([W.weight for W in ours]).detach().numpy()
-        theirs.bias = torch.cat([W.bias for W in ours]).detach().numpy()
-
-    def norm(theirs: Any, ours: nn.Module) -> None:
-        theirs.gamma, theirs.beta = ours.gamma.detach().numpy(), ours.beta.detach().numpy()
 
     def self_attention(theirs: Any, ours: nn.Module) -> None:
         attention = ours.self_attention
@@ -337,15 +341,20 @@ def write_ctranslate2(job: Job, folder: Path) -> None:
         linear(theirs.attention.linear[2], cross.W_o)
         norm(theirs.attention.layer_norm, ours.norm_2)
         feed_forward(theirs.ffn, ours, ours.norm_3)
-    tokens = all_tokens(job)
-    spec.register_source_vocabulary(tokens)
-    spec.register_target_vocabulary(tokens)
-    spec.config.decoder_start_token = spec.config.bos_token = tokens[codec.bos_id]
-    spec.config.eos_token, spec.config.unk_token = tokens[codec.eos_id], tokens[codec.unk_id]
+    register_tokens(spec, job)
     spec.validate()
     spec.optimize()
     spec.save(str(folder))
     codec.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def register_tokens(spec: Any, job: Job) -> None:
+    """The vocabulary, and which tokens are special."""
+    tokens, codec = all_tokens(job), job.codec
+    spec.register_source_vocabulary(tokens)
+    spec.register_target_vocabulary(tokens)
+    spec.config.decoder_start_token = spec.config.bos_token = tokens[codec.bos_id]
+    spec.config.eos_token, spec.config.unk_token = tokens[codec.eos_id], tokens[codec.unk_id]
 
 
 def all_tokens(job: Job) -> list[str]:

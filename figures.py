@@ -245,12 +245,7 @@ def draw_epoch_times(records: list[Record], work: str, path: Path) -> None:
         labels += [headings[i]] if i in headings else []
         draw_epoch_time(axes, len(labels), r, logarithmic)
         labels.append("\n".join(drawable(filter(None, (machine, way)), 48)))
-    if logarithmic:
-        axes.set_xscale("log")
-        axes.set_xlim(min(medians) / 2, max(medians) * 3.5)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
-    else:
-        axes.set_xlim(0, max(r["seconds_per_epoch"]["greatest"] for r in rows) * 1.2)
+    set_seconds(axes, rows, logarithmic)
     axes.set_yticks(range(len(labels)), labels, fontsize=11.5)
     for label in axes.get_yticklabels():
         label.set_color(GREY if label.get_text() in headings.values() else "black")
@@ -259,7 +254,6 @@ def draw_epoch_times(records: list[Record], work: str, path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel("seconds per epoch" + (", log scale" if logarithmic else ""), fontsize=12)
     figure.text(0.02, 1 - 0.1 / height, "One training epoch", fontsize=17, weight="bold", va="top")
     subtitle = "\n".join(drawable(lines, 100))
     figure.text(0.02, 1 - 0.45 / height, subtitle, color=GREY, va="top", fontsize=12)
@@ -267,6 +261,18 @@ def draw_epoch_times(records: list[Record], work: str, path: Path) -> None:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise BadInput(f"--figure {path}: {error.strerror}; give a writable folder") from None
+
+
+def set_seconds(axes: Any, records: list[Record], logarithmic: bool) -> None:
+    """The axis of seconds."""
+    seconds = [r["seconds_per_epoch"] for r in records]
+    medians = [s["median"] for s in seconds]
+    axes.set_xlim(0, max(s["greatest"] for s in seconds) * 1.2)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_xlim(min(medians) / 2, max(medians) * 3.5)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
+    axes.set_xlabel("seconds per epoch" + (", log scale" if logarithmic else ""), fontsize=12)
 
 
 def draw_epoch_time(axes: Any, y: int, record: Record, logarithmic: bool) -> None:

@@ -143,32 +143,8 @@ def load_job(
     folder, config = folders[0], configs[0]
     with raise_on_all_ranks():
         saved = [saved_options(c, f.path / f.CONFIG) for f, c in zip(folders, configs)]
-        replaced = BATCH_LIMITS if BATCH_LIMITS & given.keys() else set()
-        if given.get("dataset", saved[0]["dataset"]) != saved[0]["dataset"]:
-            replaced = {*replaced, "columns", "dataset_config"}
-        options, device = SimpleNamespace(**{**saved[0], **dict.fromkeys(replaced), **given}), None
-        for name in ("max_length", "pad_to"):  # positions that all the models have
-            setattr(options, name, min(own[name] for own in saved))
-        has_cuda = options.device in ("auto", "cuda") and "cuda" in available_devices()
-        options.tf32 = given.get("tf32", options.tf32 and has_cuda)
-        if not options.test_only:  # a saved --bleu-tokenize may need a package of its own
-            options.bleu_tokenize = None
-        problems += option_problems(options, {})
-        problems += [
-            f"{format_option(name, given[name])}: has no effect on a classifier; leave it out"
-            for name in sorted(field_names(DecodingConfig) & given.keys())
-            if config["classes"]
-        ]
-        if not config["classes"]:
-            problems += search_problems(options)
-        if options.predict == "-" and world_size() > 1:
-            problems.append("--predict -: only one process can read standard input; give a file")
-        problems += [
-            f"--run-dir {given['run_dir']}: {f.path.name} has another tokenizer or other classes "
-            f"than {folder.path.name}, so they cannot answer together; give the folder of one run"
-            for f, c in zip(folders, configs)
-            if any(c[name] != config[name] for name in ("tokenizer_checksum", "classes"))
-        ]
+        options, device = options_in_use(given, saved), None
+        problems += problems_in_use(options, given, folders, configs)
         with add_to(problems):
             device = own_device(options)
         raise_problems(problems)
@@ -189,6 +165,44 @@ def load_job(
         print(f"averaging the probabilities of {len(models)} runs: {names}", file=sys.stderr)
     job = Job(options, device, codec, classes, Ensemble(models), trained_on=trained_on)
     return job, RunFolder(folder.path.parent)
+
+
+def options_in_use(given: dict[str, Any], saved: list[dict[str, Any]]) -> Options:
+    """The options of one or more runs, with those given for their use."""
+    replaced = BATCH_LIMITS if BATCH_LIMITS & given.keys() else set()
+    if given.get("dataset", saved[0]["dataset"]) != saved[0]["dataset"]:
+        replaced = {*replaced, "columns", "dataset_config"}
+    options = SimpleNamespace(**{**saved[0], **dict.fromkeys(replaced), **given})
+    for name in ("max_length", "pad_to"):  # positions that all the models have
+        setattr(options, name, min(own[name] for own in saved))
+    has_cuda = options.device in ("auto", "cuda") and "cuda" in available_devices()
+    options.tf32 = given.get("tf32", options.tf32 and has_cuda)
+    if not options.test_only:  # a saved --bleu-tokenize may need a package of its own
+        options.bleu_tokenize = None
+    return options
+
+
+def problems_in_use(
+    options: Options, given: dict[str, Any], folders: list[RunFolder], configs: list[dict[str, Any]]
+) -> list[str]:
+    """What cannot work when one or more runs are used, a line each."""
+    folder, config = folders[0], configs[0]
+    problems = option_problems(options, {})
+    if not config["classes"]:
+        problems += search_problems(options)
+    else:
+        problems += [
+            f"{format_option(name, given[name])}: has no effect on a classifier; leave it out"
+            for name in sorted(field_names(DecodingConfig) & given.keys())
+        ]
+    if options.predict == "-" and world_size() > 1:
+        problems.append("--predict -: only one process can read standard input; give a file")
+    return problems + [
+        f"--run-dir {given['run_dir']}: {f.path.name} has another tokenizer or other classes than "
+        f"{folder.path.name}, so they cannot answer together; give the folder of one run"
+        for f, c in zip(folders, configs)
+        if any(c[name] != config[name] for name in ("tokenizer_checksum", "classes"))
+    ]
 
 
 def search_problems(options: Options) -> list[str]:
