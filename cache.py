@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from comp_utils import digest
 from errors import BadInput
 from tables import MAX_LINE_BYTES, Row
 
@@ -127,8 +126,3 @@ def write_rows(rows: Iterable[Row], file: str) -> None:
 def to_table(rows: Iterable[Row], key: str) -> Table:
     """The rows as a table that is written once, under a key that stands for them."""
     return Table(cached_file(f"{key}.arrow", lambda file: write_rows(rows, str(file))), key)
-
-
-def data_fingerprint(tables: dict[str, Table]) -> str:
-    """Equal for the same rows in the same splits, read by the same columns."""
-    return digest({split: table._fingerprint for split, table in tables.items()})

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Table, data_fingerprint
+from cache import Table
 from comp_utils import digest
 from config import DataConfig
 from errors import BadInput
@@ -186,7 +186,7 @@ class TextData:
         self.config, self.texts, self.codec, self.classes = config, splits, codec, classes
         self._plans: dict[str, tuple[tuple[int, int], list[np.ndarray]]] = {}
         self.pad_to = (config.pad_to, 0 if classes else config.pad_to)  # of source, of target
-        self.fingerprint = data_fingerprint(splits)
+        self.fingerprint = digest({split: texts._fingerprint for split, texts in splits.items()})
         self.rows = {
             split: encode(texts, codec, config.max_length, classes)
             for split, texts in splits.items()

@@ -58,7 +58,6 @@ class Job:
     data: TextData | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # for config.json and records
     notes: list[str] = field(default_factory=list)  # about the files of the data set
-    trained_on: tuple[str, ...] = ()  # fingerprints of the data of its runs, once it is trained
 
     @property
     def predictor(self) -> Predictor:
@@ -157,14 +156,12 @@ def load_job(
             if rank() == 0:
                 model.load_state_dict(f.read_weights(model), strict=False)  # tied weights: once
         broadcast_tensors(model.parameters())
-    trained_on = tuple(str(own.get("data_fingerprint")) for own in configs)
     if len(models) == 1:
-        return Job(options, device, codec, classes, models[0], trained_on=trained_on), folder
+        return Job(options, device, codec, classes, models[0]), folder
     if rank() == 0:
         names = ", ".join(f.path.name for f in folders)
         print(f"averaging the probabilities of {len(models)} runs: {names}", file=sys.stderr)
-    job = Job(options, device, codec, classes, Ensemble(models), trained_on=trained_on)
-    return job, RunFolder(folder.path.parent)
+    return Job(options, device, codec, classes, Ensemble(models)), RunFolder(folder.path.parent)
 
 
 def options_in_use(given: dict[str, Any], saved: list[dict[str, Any]]) -> Options:
@@ -223,7 +220,6 @@ def load(run_dir: str, **options: Any) -> Predictor:
 
     options: of --predict, by field name, such as device="cpu" or beam_size=1. Raises BadInput.
     """
-    given = {"run_dir": str(run_dir), **options}
-    problems = [line for name, value in given.items() for line in value_problems(name, value)]
-    raise_problems(problems + command_problems(given, ["predict"]))
-    return load_job(given, [])[0].predictor
+    given = {"run_dir": str(run_dir), "predict": "-", **options}
+    raise_problems([line for name, value in given.items() for line in value_problems(name, value)])
+    return load_job(given, command_problems(given, ["predict"]))[0].predictor

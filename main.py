@@ -48,7 +48,7 @@ from prepare import (
     begin_with_weights_of,
     changed_options,
     check_same_data,
-    check_same_options,
+    options_of_seeds,
     origin_of,
     prepare,
     restore_threads,
@@ -68,7 +68,7 @@ from settings import (
     parse_args,
     parse_seeds,
 )
-from splits import check_labels, embedded, load_splits
+from splits import CUT, check_labels, embedded, load_splits
 from tables import TABLE_FORMATS, file_format
 
 # ----------------------------------------------------------------------------------- train and test
@@ -177,8 +177,8 @@ def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals
     with raise_on_all_ranks():
         if (root / RunFolder.CONFIG).exists():
             raise BadInput(f"--run-dir {root}: holds a run itself; give a folder for one a seed")
-    check_same_options(given, [f for f, there in zip(folders, is_there) if there])
-    for seed, folder, there in zip(seeds, folders, is_there):
+    given |= options_of_seeds(given, [f for f, there in zip(folders, is_there) if there])
+    for i, (seed, folder, there) in enumerate(zip(seeds, folders, is_there)):
         own = {**given, "run_dir": str(folder.path)}
         say(f"seed {seed}")
         try:
@@ -186,8 +186,9 @@ def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals
                 resume({**own, "resume": True}, [*problems], signals)
             else:
                 train_and_test({**own, "seed": seed}, [*problems], signals)
-        except (Stopped, RunFailed) as error:
-            error.add_note("or the other seeds as well: with the same command, but no --overwrite")
+        except Stopped as error:
+            rest = ", ".join(map(str, seeds[i + 1 :])) or "none"
+            error.add_note(f"seeds left: {rest}")
             raise
     with raise_on_all_ranks():
         tests = [folder.read_tests() if rank() == 0 else [{}] for folder in folders]
@@ -224,13 +225,14 @@ def test_only(
     job, folder = load_job(given, problems, folders)
     config = extract_config(DataConfig, job.options)
     with local_rank_zero_first():
-        trained_on = job.trained_on if "dataset" in given else None
-        splits = load_splits(config, ["test"], trained_on=trained_on)
+        splits = load_splits(config, ["test"])
         if job.classes:
             check_labels(splits.tables, job.classes)
     with local_rank_zero_first():
         job.data = TextData(config, splits.tables, job.codec, job.classes)
     notes = [] if config.dataset in embedded() else [splits.summary, *splits.notes]
+    if "dataset" in given and splits.sources.get("test") == [CUT]:
+        notes.append("only the tenth that training would cut out; to test all, name the file test")
     say(*notes, *map(job.data.report, job.data.rows))
     with locked(folder):
         test(job, folder)
@@ -239,8 +241,10 @@ def test_only(
 def answer(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """Answers each line of a file with the model of a run folder."""
     name, source_column = given["predict"], given.get("source_column")
-    if source_column and not ("columns" in given or file_format(Path(name)) in TABLE_FORMATS):
-        remedy = "leave it out, or name the columns with --columns"
+    if name == "-" and "columns" in given:
+        problems.append("--columns: standard input has lines, not columns; leave it out")
+    elif source_column and not ("columns" in given or file_format(Path(name)) in TABLE_FORMATS):
+        remedy = "leave it out" + ", or name the columns with --columns" * (name != "-")
         problems.append(f"--source-column {source_column}: {name} has lines; {remedy}")
     job, _ = load_job(given, problems)
     options, names = job.options, job.options.columns

@@ -63,6 +63,8 @@ class Predictor:
 
     def probabilities(self, texts: str | Iterable[str]) -> Any:
         """The probability of each label, for a text or for each of several; {} for a blank one."""
+        if not self.classes:
+            raise ValueError("probabilities: only of a classifier; use best")
         if isinstance(texts, str):
             return self.probabilities([texts])[0]
         return [dict(answers) for answers in self.best(texts, len(self.classes))]
@@ -71,6 +73,8 @@ class Predictor:
         """The n best answers to a text, or to each of several, best first: labels with their
         probabilities, or translations with log P / length penalty, n at most the beam size; [] for
         a blank one."""
+        if not (isinstance(n, int) and n > 0):
+            raise ValueError(f"best: n is {n}; give a whole number above 0")
         if isinstance(texts, str):
             return self.best([texts], n)[0]
         return replace(self, n_best=n).answer(texts)

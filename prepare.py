@@ -26,6 +26,7 @@ from measure import work_fingerprint
 from models import count_parameters
 from run_folder import RunFolder
 from settings import (
+    BATCH_LIMITS,
     FIXED_ON_RESUME,
     different_options,
     extract_config,
@@ -166,22 +167,28 @@ def changed_options(
     return options, [f"{format_option(name, v)} (was {saved[name]})" for name, v in changed.items()]
 
 
-def check_same_options(given: dict[str, Any], folders: list[RunFolder]) -> None:
-    """Raises BadInput if runs of other seeds have other options than those given now."""
+def options_of_seeds(given: dict[str, Any], folders: list[RunFolder]) -> dict[str, Any]:
+    """The options that further seeds take from the runs that are there: those that follow from the
+    data. Raises BadInput if these runs have other options than those given."""
     given = dict(given)
     origin_of(given, [])
-    options = resolve(given)
+    options, shared = resolve(given), {}
     fitted = FITTED - given.keys() if has_fitted_defaults(options) else set()
+    fitted -= BATCH_LIMITS if BATCH_LIMITS & given.keys() else set()
     for folder in folders:
         config = broadcast_from_rank_zero(folder.read_config)
         with raise_on_all_ranks():
             saved = saved_options(config, folder.path / folder.CONFIG)
-            wanted = vars(options) | {name: saved[name] for name in fitted}
-            if others := different_options(saved, wanted):
+            shared = shared or {name: saved[name] for name in fitted}
+            others = different_options(saved, vars(options) | shared)
+            n = config["processes"]
+            others += [f"{n} process{'es' * (n != 1)}"] if n != world_size() else []
+            if others:
                 raise BadInput(
                     f"--seeds: the run in {folder.path} has {', '.join(others)}; give the same, or "
                     "another --run-dir, or --overwrite"
                 )
+    return shared
 
 
 def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:

@@ -136,7 +136,7 @@ def record_of_runs(folders: list[RunFolder], name: str) -> Record:
     if not seconds:
         raise BadInput(f"--compare {name}: no complete epoch; give another run or file")
     figures = {"seconds_per_epoch": spread(seconds), "seconds_per_epoch_is": "measured"}
-    return as_record(figures, configs[0], configs[0]["options"]) | {"runs": len(folders)}
+    return as_record(figures, configs[0], saved[0]) | {"runs": len(folders)}
 
 
 def scores_in_words(name: str) -> str | None:
@@ -145,8 +145,11 @@ def scores_in_words(name: str) -> str | None:
     if not path.is_dir() or (path / RunFolder.BENCHMARK).exists():
         return None
     tests = [folder.read_tests() for folder in RunFolder.find_all(name, option="--compare")]
-    scores = scores_of_runs([events for events in tests if events] or [[]])
-    return f"{name}: {'; '.join(scores)}" if scores else None
+    if not any(tests):
+        return None
+    n = sum(not events for events in tests)
+    scores = [f"{n} of {len(tests)} runs have no test result"] if n else scores_of_runs(tests)
+    return f"{name}: {'; '.join(scores)}"
 
 
 # ------------------------------------------------------------------------------------------- naming

@@ -126,8 +126,7 @@ TEST_OPTIONS = {"dataset", "dataset_config", "source_column", "target_column", "
 FIXED_ON_RESUME = field_names(DataConfig, TokenizerConfig, SizeConfig, ModelConfig) | {"seed"}
 FIXED_ON_RESUME -= {"dataset", "num_workers", "dropout", "attention"}
 # Options in which runs of several seeds may differ: the seed, and what changes no result.
-FREE_OF_SEEDS = {"seed", "seeds", "run_dir", "resume", "overwrite", "device", "dataset"}
-FREE_OF_SEEDS |= {"num_workers", "checkpoint_every"}
+FREE_OF_SEEDS = {"seed", "run_dir", "device", "num_workers", "checkpoint_every"}
 
 
 # ------------------------------------------------------------------------------------------- parser
@@ -228,6 +227,8 @@ def value_problems(name: str, value: Any) -> list[str]:
         hint = f"did you mean {near[0][2:].replace('-', '_')}?" if near else "see main.py --help"
         return [f"{name}: no such option; {hint}"]
     kind = kind_of(f)
+    if value is None and f.default is None:
+        return []
     fits = isinstance(value, int | float if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         return [f"{name}={value!r}: give a value of type {kind.__name__}"]
@@ -301,7 +302,7 @@ def format_option(name: str, value: Any) -> str:
     """An option as on the command line: --lr 0.1, --lowercase or --no-lowercase."""
     if isinstance(value, bool):
         return format_flag(name if value else f"no_{name}")
-    return f"{format_flag(name)} {value}"
+    return f"no {format_flag(name)}" if value is None else f"{format_flag(name)} {value}"
 
 
 def extract_config(config: type, options: SimpleNamespace) -> Any:

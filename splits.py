@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache import Table, cache_folder, cache_problem, data_fingerprint, is_whole, to_table
+from cache import Table, cache_folder, cache_problem, is_whole, to_table
 from comp_utils import digest
 from config import ASSETS, DataConfig
 from errors import BadInput
@@ -232,6 +232,7 @@ def share_of(text: str) -> float:
 
 
 CUTS = {"test": (0.0, 0.1), "validation": (0.1, 0.2)}  # of share_of; at most
+CUT = "cut from train"  # the source of such a split
 MOST_CUT = 5000  # sentences of each, about; more take time, and tell no more
 
 
@@ -275,16 +276,6 @@ def cut_missing(tables: dict[str, Table], classifies: bool) -> dict[str, Table]:
     return dict(sorted(tables.items(), key=lambda item: SPLITS.index(kind_of(item[0]))))
 
 
-def is_training_data(
-    tables: dict[str, Table], classifies: bool, fingerprints: Sequence[str]
-) -> bool:
-    """Whether a model was trained on this data, some of which was cut out for testing."""
-    try:
-        return data_fingerprint(cut_missing(tables, classifies)) in fingerprints
-    except BadInput:  # too few rows for a cut, so for a training
-        return False
-
-
 def load_splits(
     config: DataConfig, wanted: Sequence[str] = SPLITS, *, trained_on: Sequence[str] | None = None
 ) -> Splits:
@@ -316,18 +307,14 @@ def load_splits(
     else:
         known = ", ".join(embedded())
         raise BadInput(f"--dataset {name}: no such file or folder; embedded data sets are {known}")
-    tables, classifies = splits.tables, config.task == "classification"
-    has_no_splits = trained_on is not None and set(tables) == {"train"}
-    if has_no_splits and not is_training_data(tables, classifies, trained_on):
-        for by_split in (tables, splits.sources):
-            by_split["test"] = by_split.pop("train")
+    tables = splits.tables
     if not set(wanted) <= set(map(kind_of, tables)):
         if "train" not in tables:
             found = ", ".join([*tables, *splits.notes])
             raise BadInput(f"--dataset {name}: only {found}, no training split; add it")
-        tables = cut_missing(tables, classifies)
+        tables = cut_missing(tables, config.task == "classification")
     tables = {split: table for split, table in tables.items() if kind_of(split) in wanted}
-    sources = {split: splits.sources.get(split, ["cut from train"]) for split in tables}
+    sources = {split: splits.sources.get(split, [CUT]) for split in tables}
     return Splits(tables, sources, [] if name in embedded() else splits.notes)
 
 

@@ -399,6 +399,12 @@ def test_python_and_the_command_line_give_the_same_answers(run_copy):
     expected = model.best(texts, 2)
     assert [label for label, _ in model.best("dull .", 2)] == [label for label, _ in expected[2]]
     assert model.probabilities("dull .").keys() == {"negative", "positive"}
+    assert jobs.load(run_copy, n_best=2, batch_size=8, batch_tokens=None).n_best == 2
+    for n in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="give a whole number above 0"):
+            model.best("dull .", n)
+    with pytest.raises(ValueError, match="only of a classifier"):
+        small_predictor().probabilities("dull .")
     for row, p in zip(expected, model.probabilities(texts)):
         assert p == dict(row) and (not row or sum(p.values()) == pytest.approx(1))
 
@@ -423,6 +429,7 @@ def test_python_and_the_command_line_give_the_same_answers(run_copy):
         ({"beam_sise": 3}, "beam_sise: no such option; did you mean beam_size"),
         ({"batch_size": "4"}, "batch_size='4': give a value of type int"),
         ({"epochs": 3}, "--epochs 3: not for --predict"),
+        ({"resume": True}, "--resume and --predict: give one of the two"),
     ],
 )
 def test_an_option_that_python_cannot_give_is_refused(options, words, run_copy):
@@ -497,3 +504,5 @@ def test_the_source_column_of_a_table_is_answered_beside_its_other_columns(run_c
     assert bare == parse(run_quietly(*argv, "plain.txt"))
     words = ["--source-column id: plain.txt has lines", "--columns"]
     refuse_with([*argv, "plain.txt", "--source-column", "id"], words, capsys)
+    words = ["--columns: standard input has lines", "leave it out"]
+    refuse_with([*argv, "-", "--columns", "id,text"], words, capsys)

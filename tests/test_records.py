@@ -50,6 +50,9 @@ def test_runs_of_several_seeds_are_one_record_with_mean_and_deviation(slice_of_r
     mean, deviation = statistics.mean(values), statistics.stdev(values)
     assert out[-2].startswith(f"two: test accuracy {mean:.2f} ± {deviation:.2f} (")
     assert out[-1].startswith(f"two/seed-0: test accuracy {values[0]:.2f}; test macro_f1")
+    lines = Path("two/seed-1/metrics.jsonl").read_text().splitlines(True)
+    Path("two/seed-1/metrics.jsonl").write_text("".join(x for x in lines if '"test"' not in x))
+    assert "two: 1 of 2 runs have no test result" in run_quietly("--compare", "two")
 
 
 def test_a_folder_with_a_record_alone_is_compared():

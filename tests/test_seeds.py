@@ -45,7 +45,7 @@ def test_seeds_are_tested_alone_continued_and_overwritten(slice_of_reviews, caps
     with monkeypatch.context() as patch:  # before the first checkpoint
         patch.setattr(procedures.Trainer, "warm_up", killed)
         assert main.main([*argv, "0,1"]) == 143
-        assert "the other seeds as well" in capsys.readouterr().err
+        assert "; seeds left: 1\n" in capsys.readouterr().err
     run_quietly(*argv, "0,1")
     capsys.readouterr()
     run_quietly(*argv, "2,3")
@@ -112,8 +112,11 @@ def test_a_quoted_tsv_is_answered_as_it_was_read_in_training(run_copy, capsys):
 def test_test_only_says_what_it_cut(run_copy):
     write_files({"semi.csv": FILMS.replace(b",", b";")})
     out = run_quietly("--run-dir", "copy", "--test-only", "--dataset", "semi.csv")
-    assert "test: semi.csv" in out and "delimiter is ';'" in out
-    assert "test of 90 sentences" in out  # no tenth: none of them was trained on
+    assert "cut from train" in out and "delimiter is ';'" in out
+    assert "only the tenth that training would cut out; to test all, name the file test" in out
+    write_files({"test_semi.csv": FILMS.replace(b",", b";")})
+    out = run_quietly("--run-dir", "copy", "--test-only", "--dataset", "test_semi.csv")
+    assert "test of 90 sentences" in out and "tenth" not in out
 
 
 def test_the_tenth_that_was_cut_from_training_is_tested():
@@ -123,10 +126,32 @@ def test_the_tenth_that_was_cut_from_training_is_tested():
     use = ["--run-dir", "r", "--test-only"]
     for dataset in ([], ["--dataset", "films.csv"], ["--dataset", Path("films.csv").absolute()]):
         assert f"test of {n} sentences" in run_quietly(*use, *dataset)
-    Path("moved.csv").write_bytes(FILMS)  # the same rows
-    assert f"test of {n} sentences" in run_quietly(*use, "--dataset", "moved.csv")
-    write_files({"few.csv": csv_bytes([("film", "negative"), ("good", "positive")])})
-    assert "test of 2 sentences" in run_quietly(*use, "--dataset", "few.csv")
+    rows = FILMS + b"more,positive\n" * 2
+    write_files({"grown.csv": rows})  # what was trained on is not tested on
+    out = run_quietly(*use, "--dataset", "grown.csv")
+    assert f"test of {n} sentences" in out or f"test of {n + 2} sentences" in out
+
+
+@pytest.mark.slow
+def test_further_seeds_take_what_follows_from_the_data_from_those_that_are_there(capsys):
+    write_files({"films.csv": FILMS})
+    tiny = [a for a in SHORT if a not in ("--batch-size", "32")]
+    argv = [*tiny, "--dataset", "films.csv", "--run-dir", "r", "--seeds"]
+    run_quietly(*argv, "0", "--batch-size", "16")
+    run_quietly(*argv, "0,1")
+    sizes = [RunFolder(Path(f"r/seed-{i}")).read_config()["options"]["batch_size"] for i in (0, 1)]
+    assert sizes == [16, 16]
+    capsys.readouterr()
+    more = ["0,2", "--batch-tokens", "300"]
+    refuse_with([*argv, *more], ["r/seed-0 has --batch-size 16, no --batch-tokens"], capsys)
+    write_files({"other.csv": FILMS})
+    argv[argv.index("films.csv")] = "other.csv"
+    refuse_with([*argv, "0,2"], ["r/seed-0 has --dataset films.csv"], capsys)
+    config = RunFolder(Path("r/seed-0")).read_config()
+    del config["checksum"]
+    RunFolder(Path("r/seed-0")).write_config({**config, "processes": 2})
+    argv[argv.index("other.csv")] = "films.csv"
+    refuse_with([*argv, "0,2"], ["r/seed-0 has 2 processes"], capsys)
 
 
 def test_columns_are_those_of_the_data_they_were_given_for(slice_of_reviews):
