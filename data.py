@@ -139,7 +139,7 @@ class Batch:
         return tensors if n == 1 else tuple(t.repeat(n, 1) for t in tensors)
 
     def pin_memory(self) -> "Batch":
-        """The batch in memory that is copied to CUDA while the host goes on."""
+        """The batch in pinned memory, which is copied to CUDA asynchronously."""
         return self._map(Tensor.pin_memory)
 
 
