@@ -181,7 +181,7 @@ def options_of_seeds(given: dict[str, Any], folders: list[RunFolder]) -> dict[st
             saved = saved_options(config, folder.path / folder.CONFIG)
             shared = shared or {name: saved[name] for name in fitted}
             others = different_options(saved, vars(options) | shared)
-            n = config["processes"]
+            n = config.get("processes", world_size())
             others += [f"{n} process{'es' * (n != 1)}"] if n != world_size() else []
             if others:
                 raise BadInput(
