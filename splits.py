@@ -105,7 +105,7 @@ def load_files(path: Path, columns: dict[str, str], column_names: str | None = N
             if file_format(file) == ".csv" or (named and file_format(file) == ".txt")
             if (delimiter := delimiter_of(file, sides, named)) != ","
         }
-        content += [named, delimiters] if named else []
+        content += [facts for facts in (named, delimiters) if facts and named]
         rows = read_files(sets, sides, quoted_alike, named)
         splits.add(split, names, rows, columns, content)
         splits.notes += [
@@ -276,14 +276,8 @@ def cut_missing(tables: dict[str, Table], classifies: bool) -> dict[str, Table]:
     return dict(sorted(tables.items(), key=lambda item: SPLITS.index(kind_of(item[0]))))
 
 
-def load_splits(
-    config: DataConfig, wanted: Sequence[str] = SPLITS, *, trained_on: Sequence[str] | None = None
-) -> Splits:
-    """The splits of the kinds wanted. Raises BadInput.
-
-    trained_on: fingerprints of the data of a model, if these may be others. Rows of other data
-    that belong to no split are all for testing.
-    """
+def load_splits(config: DataConfig, wanted: Sequence[str] = SPLITS) -> Splits:
+    """The splits of the kinds wanted. Raises BadInput."""
     cache_folder()
     name, config_name = config.dataset, config.dataset_config
     columns = {key: getattr(config, key) for key in ("source_column", "target_column", "task")}
