@@ -70,7 +70,8 @@ class KeptWeights:
         return list(self.last)
 
     def _with(self, model: nn.Module) -> list[Weights]:
-        now = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        now = {name: p.detach().cpu().clone() for name, p in trained}
         return [*self.last, now][-self.n :]
 
 

@@ -203,6 +203,7 @@ class ModelConfig:
     )
     positions: str = option("sinusoidal", "position encoding", choices=tuple(POSITIONS))
     ensemble: int = option(1, "models trained side by side, with averaged probabilities", low=1)
+    naive_bayes: bool = option(False, "add naive Bayes to a classifier", negatable=True)
 
     def problems(self) -> list[str]:
         """What cannot work, a line each."""

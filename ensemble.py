@@ -2,31 +2,40 @@
 
 import math
 from collections.abc import Iterable
-from itertools import chain
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models import Cache, Loss
+from naive_bayes import NaiveBayes
 
 
 class MeanOutput(nn.Module):
-    """log((p_1 + ... + p_m) / m), where p_i are the probabilities of model i's output layer.
+    """log p with p = (p_1 + ... + p_m) / m, where p_i are the probabilities of model i's output
+    layer. With naive Bayes, which has evidence e of weight w, the log of a weighted geometric mean:
+    (log p + w e) / (1 + w), but for a constant.
 
-    Shapes: X (..., d_1 + ... + d_m), what the models' trunks give, side by side; returns (..., n).
+    Shapes: X (..., d_1 + ... + d_m), what the models' trunks give, side by side, and w e (..., n)
+    if there is any; returns (..., n).
     """
 
-    def __init__(self, models: Iterable[nn.Module]) -> None:
+    def __init__(self, models: Iterable[nn.Module], naive_bayes: NaiveBayes | None) -> None:
         super().__init__()
         models = list(models)
+        self.naive_bayes = naive_bayes
         self.outputs = nn.ModuleList([model.output for model in models])
-        self.widths = [model.embedding.W_e.shape[1] for model in models]
+        self.widths = [model.width for model in models]
 
     def forward(self, X: Tensor) -> Tensor:
-        parts = zip(self.outputs, X.split(self.widths, dim=-1))
-        log_p = torch.stack([output(part).float().log_softmax(dim=-1) for output, part in parts])
-        return log_p.logsumexp(dim=0) - math.log(len(log_p))
+        *parts, evidence = X.tensor_split(list(accumulate(self.widths)), dim=-1)
+        pairs = zip(self.outputs, parts)
+        log_p = torch.stack([output(part).float().log_softmax(dim=-1) for output, part in pairs])
+        log_p = log_p.logsumexp(dim=0) - math.log(len(log_p))
+        if not self.naive_bayes:
+            return log_p
+        return ((log_p + evidence) / (1 + self.naive_bayes.weight)).log_softmax(dim=-1)
 
 
 class EnsembleCache:
@@ -50,15 +59,24 @@ class Ensemble(nn.Module):
     """Models with the same vocabulary, or the same classes, that answer together.
 
     Each is trained as it would be alone, with its own initial weights and dropout, on the same
-    batches. It is used like a `Transformer` or a `TransformerClassifier`. Those of an ensemble
-    among the models are all models of this one.
+    batches. It is used like a `Transformer` or a `TransformerClassifier`. naive_bayes: takes part
+    in the answer, not in training.
     """
 
-    def __init__(self, models: Iterable[nn.Module]) -> None:
+    def __init__(self, models: Iterable[nn.Module], naive_bayes: NaiveBayes | None = None) -> None:
         super().__init__()
-        parts = (m.models if isinstance(m, Ensemble) else [m] for m in models)
-        self.models = nn.ModuleList(chain.from_iterable(parts))
-        self.output = MeanOutput(self.models)
+        self.models = nn.ModuleList(models)
+        self.output = MeanOutput(self.models, naive_bayes)
+
+    @property
+    def naive_bayes(self) -> NaiveBayes | None:
+        """What its answer takes into account as well."""
+        return self.output.naive_bayes
+
+    @property
+    def width(self) -> int:
+        """The size of the trunk's vectors."""
+        return sum(self.output.widths) + (len(self.naive_bayes.prior) if self.naive_bayes else 0)
 
     def forward(self, src: Tensor, tgt_in: Tensor, loss: Loss | None = None) -> Any:
         """Log probabilities (b, l_x, n), or what a loss makes of them. In training the losses of
@@ -70,8 +88,11 @@ class Ensemble(nn.Module):
         return self.output(X) if loss is None else loss(X, self.output)
 
     def trunk(self, src: Tensor, tgt_in: Tensor) -> Tensor:
-        """What the models' trunks give, side by side: (b, l_x, d_1 + ... + d_m)."""
-        return torch.cat([model.trunk(src, tgt_in) for model in self.models], dim=-1)
+        """What the models' trunks give, side by side, and the evidence: (b, l_x, width)."""
+        parts = [model.trunk(src, tgt_in) for model in self.models]
+        if self.naive_bayes:
+            parts.append(self.naive_bayes(src)[:, None])  # a classifier has one target position
+        return torch.cat(parts, dim=-1)
 
     def start(self, src: Tensor, k: int = 1) -> EnsembleCache:
         """As `Transformer.start`."""

@@ -74,10 +74,10 @@ def format_problems(job: Job, name: str) -> list[str]:
 def model_problems(job: Job, name: str) -> list[str]:
     """What this model has that the models of other tools have not, a line each."""
     problems, instead = [], "give --export onnx"
+    if job.classes:
+        return [f"--export {name}: it has no model like this classifier; {instead}"]
     if isinstance(job.model, Ensemble):
         return [f"--export {name}: one model alone, and this is an ensemble; give another run"]
-    if job.classes:
-        problems.append(f"--export {name}: it has no model like this classifier; {instead}")
     options = job.options
     if name == "transformers" and not isinstance(job.model.positions, SinusoidalPositions):
         positions = f"--positions {options.positions}"

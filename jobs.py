@@ -26,6 +26,7 @@ from decoding import EXTRA_LENGTH
 from ensemble import Ensemble
 from errors import BadInput, StopSignals
 from models import Transformer, TransformerClassifier
+from naive_bayes import NaiveBayes
 from predict import Predictor
 from procedures import Trainer
 from run_folder import RunFolder
@@ -104,7 +105,8 @@ def build_model(options: Options, codec: TextCodec, classes: list[str] | None) -
         kind, sizes["n_classes"] = TransformerClassifier, len(classes)
     config = extract_config(ModelConfig, options)
     models = [kind(config, **sizes) for _ in range(config.ensemble)]
-    return Ensemble(models) if len(models) > 1 else models[0]
+    naive_bayes = NaiveBayes(len(classes), codec.pad_id) if config.naive_bayes else None
+    return Ensemble(models, naive_bayes) if naive_bayes or len(models) > 1 else models[0]
 
 
 def own_device(options: Options) -> torch.device:

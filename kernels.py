@@ -65,7 +65,7 @@ def packed(model: nn.Module) -> Iterator[None]:
     For inference: the weights must not change meanwhile.
     """
     Ws = [W for W in model.parameters() if W.ndim == 2 and ONEDNN and W.dtype == torch.float32]
-    Ws = [W for W in Ws if not is_plain(W) and not hasattr(W, "packed")]
+    Ws = [W for W in Ws if W.requires_grad and not is_plain(W) and not hasattr(W, "packed")]
     for W in Ws:
         W.packed = torch.ops.mkldnn._reorder_linear_weight(W.detach(), ROWS)
     try:

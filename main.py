@@ -45,9 +45,9 @@ from jobs import Job, build_model, load_job, own_device, raise_problems
 from measure import benchmark, check_device, device_report, record_in_words
 from predict import predict
 from prepare import (
-    begin_with_weights_of,
     changed_options,
     check_same_data,
+    first_weights,
     options_of_seeds,
     origin_of,
     prepare,
@@ -89,7 +89,7 @@ def train_and_test(given: dict[str, Any], problems: list[str], signals: StopSign
     origin = origin_of(given, problems)
     options, device, folder = start(given, problems)
     job = prepare(options, device, origin, given)
-    begin_with_weights_of(origin, job)
+    first_weights(job)
     with locked(folder):
         begin(job, folder)
         say_facts(job, folder)
@@ -125,6 +125,8 @@ def resume(given: dict[str, Any], problems: list[str], signals: StopSignals) -> 
                 checkpoint = folder.load_checkpoint()
                 tests = folder.rewind_metrics(checkpoint)
         trainer.resume(checkpoint)
+        if trainer.saved_step is None:  # the run was killed before its first checkpoint
+            first_weights(job)
         del checkpoint  # its tensors are mapped from the file, which is about to be replaced
         state = trainer.state
         n_tested = broadcast(sum(event.get("step") == state.step for event in tests))

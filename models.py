@@ -168,6 +168,11 @@ class EncoderDecoder(nn.Module):
         self.decoder = nn.ModuleList([DecoderLayer(config) for _ in range(config.n_layers)])
         self.dropout = Dropout(config.dropout)
 
+    @property
+    def width(self) -> int:
+        """The size of the trunk's vectors, d_model."""
+        return self.embedding.W_e.shape[1]
+
     def embed(self, ids: Tensor, start: int = 0) -> Tensor:
         """dropout(embedding + position): ids (b, l), the first at position start -> (b, l, d)."""
         return self.dropout(self.positions(self.embedding(ids), start))

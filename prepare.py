@@ -211,10 +211,23 @@ def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:
     return folder
 
 
-def begin_with_weights_of(origin: RunFolder | None, job: Job) -> None:
+def first_weights(job: Job) -> None:
+    """Gives a new model the weights of the run of --init-from, if any, and counts for naive Bayes.
+    Raises BadInput if that run has another model."""
+    if job.options.init_from:
+        with raise_on_all_ranks():
+            origin = RunFolder.find(job.options.init_from, RunFolder.WEIGHTS, option="--init-from")
+        copy_weights(origin, job)
+    if job.options.naive_bayes:
+        naive_bayes, data = job.model.naive_bayes, job.data
+        plan, cpu = data.plan("train", seed=job.options.seed, epoch=1), torch.device("cpu")
+        naive_bayes.to(cpu).fit(lambda: data.load("train", plan, cpu))
+        naive_bayes.to(job.device)
+        job.notes.append(f"naive Bayes has weight {naive_bayes.weight.item():.2f}")
+
+
+def copy_weights(origin: RunFolder, job: Job) -> None:
     """Gives a new model the weights of another run. Raises BadInput if it is another model."""
-    if origin is None:
-        return
     with raise_on_all_ranks():
         classes = origin.read_config()["classes"]
         if classes != job.classes:

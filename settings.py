@@ -52,6 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "d_ff": 128,
         "dropout": 0.5,
         "ensemble": 4,
+        "naive_bayes": True,
         "r_drop": 5.0,
         "epochs": 8,
         "lr": 2e-3,
@@ -71,6 +72,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "average_checkpoints": 5,
     },
 }
+ALONE = {"ensemble": 1, "naive_bayes": False}
 # What --workload names: settings that never change, to compare machines by.
 WORKLOADS: dict[str, dict[str, Any]] = {
     "original": {
@@ -85,15 +87,14 @@ WORKLOADS: dict[str, dict[str, Any]] = {
         "n_heads": 8,
         "dropout": 0.1,
     },
-    "reviews": {"dataset": "rotten_tomatoes", **RECIPES["rotten_tomatoes"], "ensemble": 1},
+    "reviews": {"dataset": "rotten_tomatoes", **RECIPES["rotten_tomatoes"], **ALONE},
     "translation": {"dataset": "libreoffice_help", **RECIPES["libreoffice_help"]},
 }
 RECIPE_OF_TASK = {RECIPES[name]["task"]: name for name in reversed(RECIPES)}
 DESCRIPTION = f"""Trains and tests the Transformer of Attention Is All You Need. Without options:
 on embedded movie reviews, on the best device of this machine. The defaults below are those of
-{DataConfig.dataset}; libreoffice_help and --task translation have others, and for your own
-data --batch-size, --ensemble, --epochs and --warmup-steps follow from its size. config.json of a
-run lists all."""
+{DataConfig.dataset}; libreoffice_help and --task translation have others, and for your own data
+some follow from its size. The config.json of a run lists all."""
 EXAMPLES = """examples:
   python main.py                                                  train on the embedded reviews
   python main.py --dataset reviews.csv --run-dir runs/mine        train on a file of your own
@@ -232,8 +233,7 @@ def value_problems(name: str, value: Any) -> list[str]:
     fits = isinstance(value, int | float if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         return [f"{name}={value!r}: give a value of type {kind.__name__}"]
-    problem = limit_problem(name, value, f.metadata, str(value))
-    return [problem] if problem else []
+    return list(filter(None, [limit_problem(name, value, f.metadata, str(value))]))
 
 
 def encoding_problem(name: str, value: Any) -> str | None:
@@ -241,8 +241,7 @@ def encoding_problem(name: str, value: Any) -> str | None:
     try:
         str(value).encode()
     except UnicodeEncodeError:
-        shown = ascii(value)
-        return f"{format_flag(name)} {shown}: not UTF-8; rename it, or set PYTHONUTF8=1"
+        return f"{format_flag(name)} {value!a}: not UTF-8; rename it, or set PYTHONUTF8=1"
     return None
 
 
@@ -316,6 +315,8 @@ def option_problems(options: SimpleNamespace, given: dict[str, Any]) -> list[str
     problems = [line for c in configs if hasattr(c, "problems") for line in c.problems()]
     if options.overwrite and options.run_dir is None:
         problems.append("--overwrite: name the run to replace with --run-dir")
+    if options.naive_bayes and options.task != "classification":
+        problems.append("--naive-bayes: only for --task classification; leave it out")
     if not trains_tokenizer(extract_config(TokenizerConfig, options), options.dataset):
         problems += [
             f"{format_flag(name)} {given[name]}: applies to a new tokenizer; add --train-tokenizer"

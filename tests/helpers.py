@@ -23,7 +23,7 @@ PROJECT = Path(main.__file__).parent
 TINY = (
     "--device cpu --n-layers 1 --d-model 16 --d-ff 16 --n-heads 2 --epochs 2 --vocab-size 400 "
     "--batch-size 32 --lr 1e-3 --warmup-steps 200 --schedule linear --average-checkpoints 1 "
-    "--ensemble 1"
+    "--ensemble 1 --no-naive-bayes"
 ).split()
 
 

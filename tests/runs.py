@@ -18,7 +18,7 @@ from data import TextData
 
 RANK_OPTIONS = (  # tokens: micro-batches of unequal sizes
     "--device cpu --n-layers 1 --d-model 16 --d-ff 16 --n-heads 2 --vocab-size 400 --lr 1e-3 "
-    "--warmup-steps 5 --average-checkpoints 1 --ensemble 1 --batch-tokens 300"
+    "--warmup-steps 5 --average-checkpoints 1 --ensemble 1 --batch-tokens 300 --no-naive-bayes"
 ).split()
 
 

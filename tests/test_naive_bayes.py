@@ -1,0 +1,163 @@
+import math
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, csv_bytes, refuse_with, run_quietly
+from processes import ranks_quietly
+from runs import resume
+
+import jobs
+from data import Batch
+from naive_bayes import NaiveBayes
+
+PAD = 0
+# Three classes of unequal size; a token twice in a sentence, pairs that are shared, and padding.
+SENTENCES = [[5, 6, 7, 5], [5, 6, 2, 0], [7, 5, 2, 0], [8, 9, 7, 6], [9, 9, 9, 2], [6, 2, 0, 0]]
+LABELS = [0, 0, 0, 1, 1, 2]
+
+
+def batches(sentences=SENTENCES, labels=LABELS):
+    """The sentences in two batches."""
+    src, tgt = torch.tensor(sentences), torch.tensor(labels)[:, None]
+    for s, t in zip(src.split(4), tgt.split(4)):
+        yield Batch(s, torch.ones_like(t), t, n_targets=len(t), n_tokens=0)
+
+
+def fitted(**data) -> NaiveBayes:
+    model = NaiveBayes(3, PAD)
+    model.fit(lambda: batches(**data))
+    return model
+
+
+def features(sentence) -> list:
+    ids = [i for i in sentence if i != PAD]
+    return [*ids, *pairwise(ids)]
+
+
+def expected(sentence, training) -> list[float]:
+    """The formula of the docstring, written out."""
+    n, counts = [1, 1, 1], [Counter(), Counter(), Counter()]
+    for label in LABELS:
+        n[label] += 1
+    for s, label in training:
+        counts[label].update(features(s))
+    prior = [x / sum(n) for x in n]
+    evidence = [0.0] * 3
+    for f in features(sentence):
+        total = sum(c[f] for c in counts)
+        for k in range(3):
+            evidence[k] += math.log((counts[k][f] + 2 * prior[k]) / (total + 2) / prior[k])
+    return evidence
+
+
+def test_the_evidence_is_the_formula_s():
+    model, pairs = fitted(), list(zip(SENTENCES, LABELS))
+    model.weight.fill_(1)
+    new = [[9, 6, 2, 0], [3, 4, 5, 6]]  # 3 and 4 are unknown
+    wanted = torch.tensor([expected(s, pairs) for s in SENTENCES + new])
+    torch.testing.assert_close(model(torch.tensor(SENTENCES + new)), wanted)
+    without = [expected(s, pairs[:i] + pairs[i + 1 :]) for i, (s, _) in enumerate(pairs)]
+    found = model.without_own(torch.tensor(SENTENCES), torch.tensor(LABELS))
+    torch.testing.assert_close(found, torch.tensor(without))
+
+
+def test_padding_unknown_tokens_and_a_fresh_model_say_nothing():
+    model = fitted()
+    model.weight.fill_(1)
+    src = torch.tensor(SENTENCES)
+    wider = torch.nn.functional.pad(src, (0, 3), value=PAD)
+    torch.testing.assert_close(model(wider), model(src))
+    assert model(torch.tensor([[11, 12, 13]])).abs().max() < 1e-6
+    fresh = NaiveBayes(3, PAD)
+    fresh.weight.data.fill_(1)
+    assert fresh(src).abs().max() == 0
+
+
+def test_the_weight_is_that_of_the_most_probable_labels_and_0_where_counts_tell_nothing():
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    told = torch.randint(10, 200, (300, 8))
+    told[:, 3] = 3 + labels
+    assert fitted(sentences=told.tolist(), labels=labels.tolist()).weight > 0.5
+    untold = torch.randint(10, 200, (300, 8))
+    assert fitted(sentences=untold.tolist(), labels=labels.tolist()).weight <= 0.02
+
+
+def test_more_data_is_counted_in_addition():
+    both = NaiveBayes(3, PAD)
+    both.fit(lambda: batches(SENTENCES[:4], LABELS[:4]))
+    both.fit(lambda: batches(SENTENCES[4:], LABELS[4:]))
+    torch.testing.assert_close(both.counts, fitted().counts, rtol=0, atol=0)
+    torch.testing.assert_close(both.n_sentences, fitted().n_sentences, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+WITH = ["--naive-bayes", "--max-steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> Path:
+    """Sentences whose label a word tells."""
+    folder, draw = tmp_path_factory.mktemp("told"), random.Random(0)
+    for split, n in (("train", 150), ("validation", 20), ("test", 20)):
+        labels = [draw.choice("ab") for _ in range(n)]
+        rows = [(f"film {draw.randrange(50)} word{label}", label) for label in labels]
+        (folder / f"{split}.csv").write_bytes(csv_bytes(rows))
+    return folder
+
+
+def saved_counts(run) -> dict:
+    model = jobs.load(str(run), device="cpu").model
+    return {name: p for name, p in model.naive_bayes.named_parameters()}
+
+
+@pytest.mark.parametrize("n_models", [1, 2])
+def test_a_run_answers_with_it_but_trains_as_without(told, n_models):
+    argv = [*TINY, "--dataset", str(told), "--max-steps", "6"]
+    argv += ["--ensemble", str(n_models), "--run-dir"]
+    run_quietly(*argv, "with", "--naive-bayes")
+    run_quietly(*argv, "without", "--no-naive-bayes")
+    ours, plain = (jobs.load(run, device="cpu").model for run in ("with", "without"))
+    plain = list(getattr(plain, "models", [plain]))
+    for a, b in zip(ours.models, plain, strict=True):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(p, q)
+    src, tgt_in = torch.randint(3, 200, (4, 9)), torch.full((4, 1), 1)
+    naive_bayes = ours.naive_bayes
+    assert naive_bayes.weight > 0
+    with torch.no_grad():
+        p = torch.stack([m.eval()(src, tgt_in).softmax(-1)[:, 0] for m in plain]).mean(dim=0)
+        w = naive_bayes.weight
+        mean = (p.log() + naive_bayes(src)) / (1 + w)
+        torch.testing.assert_close(ours.eval()(src, tgt_in)[:, 0], mean.log_softmax(-1))
+
+
+def test_a_stopped_run_ends_with_the_same_file_and_processes_count_alike(told):
+    argv = [*TINY, *WITH, "--dataset", str(told), "--run-dir"]
+    run_quietly(*argv, "whole")
+    run_quietly(*argv, "cut", "--max-steps", "3")
+    resume("cut", "--max-steps", 6)
+    assert Path("whole/best.safetensors").read_bytes() == Path("cut/best.safetensors").read_bytes()
+    ranks_quietly(2, *argv, "two")
+    for a, b in zip(saved_counts("whole").values(), saved_counts("two").values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_of_another_run_bring_its_counts(told):
+    argv = [*TINY, *WITH, "--dataset", str(told), "--run-dir"]
+    run_quietly(*argv, "first")
+    sizes = ["--batch-size", "32", "--max-steps", "6", "--warmup-steps", "2", "--epochs", "1"]
+    run_quietly("--init-from", "first", *sizes, "--dataset", str(told), "--run-dir", "b")
+    first, second = saved_counts("first"), saved_counts("b")
+    assert torch.equal(second["counts"], 2 * first["counts"])
+    assert first["n_sentences"].sum() > 0
+
+
+def test_a_translator_has_none(capsys):
+    argv = ["--task", "translation", "--naive-bayes", "--dataset", "x"]
+    refuse_with(argv, ["--naive-bayes", "--task classification", "leave it out"], capsys)
