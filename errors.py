@@ -85,7 +85,8 @@ class StopSignals:
 
 def write_failed(path: Path, error: OSError) -> RunFailed:
     """The exception for a disk that is full, read-only or gone."""
-    return RunFailed(f"{path}: cannot be written ({error.strerror}); fix that and resume")
+    reason = f"cannot be written ({error.strerror}); fix that, and resume or start again"
+    return RunFailed(f"{path}: {reason}")
 
 
 def one_line(error: BaseException) -> str:

@@ -273,12 +273,12 @@ def read_transformers(job: Job, folder: Path) -> Answer:
     found, expected = tokenizer(text)["input_ids"], [*job.codec.encode([text])[0], job.codec.eos_id]
     if found != expected:
         raise RunFailed(f"--export transformers: its tokenizer gives {found}, not {expected}")
-    special = {job.codec.bos_id, job.codec.pad_id, job.codec.eos_id}
 
     def answer(src: list[int]) -> list[int]:
         limit = {"max_new_tokens": len(src) + EXTRA_LENGTH, "max_length": None}
         ids = model.generate(torch.tensor([src]), num_beams=1, do_sample=False, **limit)
-        return [token for token in ids[0].tolist() if token not in special]
+        ids = [*ids[0].tolist()[1:], job.codec.eos_id]
+        return ids[: ids.index(job.codec.eos_id)]
 
     return answer
 

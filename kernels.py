@@ -7,6 +7,7 @@ Shapes: n rows, d columns, V vocabulary.
 
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ ONEDNN = onednn_is_faster()
 # default, take GBs. A batch has 22; to make one anew takes less than a millisecond.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY") if ONEDNN else ():
     os.environ.setdefault(name, "64")
+PACKING = threading.Lock()
 MIN_PRODUCTS = 1 << 20  # below it, the time of a call to oneDNN is longer than its product saves
 
 
@@ -62,17 +64,23 @@ def product(X: Tensor, W: Tensor, b: Tensor | None = None, activation: str = "no
 def packed(model: nn.Module) -> Iterator[None]:
     """Within it oneDNN keeps a model's matrices in its own layout, or each product would make it.
 
-    For inference: the weights must not change meanwhile.
+    For inference: the weights must not change meanwhile. Several threads may use one model.
     """
     Ws = [W for W in model.parameters() if W.ndim == 2 and ONEDNN and W.dtype == torch.float32]
-    Ws = [W for W in Ws if W.requires_grad and not is_plain(W) and not hasattr(W, "packed")]
-    for W in Ws:
-        W.packed = torch.ops.mkldnn._reorder_linear_weight(W.detach(), ROWS)
+    Ws = [W for W in Ws if W.requires_grad and not is_plain(W)]
+    with PACKING:
+        for W in Ws:
+            if not hasattr(W, "packed"):
+                W.packed = torch.ops.mkldnn._reorder_linear_weight(W.detach(), ROWS)
+            W.n_uses = getattr(W, "n_uses", 0) + 1
     try:
         yield
     finally:
-        for W in Ws:
-            del W.packed
+        with PACKING:
+            for W in Ws:
+                W.n_uses -= 1
+                if not W.n_uses:
+                    del W.packed, W.n_uses
 
 
 def weight_gradient(dY: Tensor, X: Tensor) -> Tensor:

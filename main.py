@@ -152,16 +152,16 @@ def finish_run(job: Job, trainer: Trainer, folder: RunFolder, signals: StopSigna
         trainer.train()
         test(job, folder, step=trainer.state.step)
         raise_if_stopped(signals)
-    except (Stopped, RunFailed) as error:
+    except (Stopped, RuntimeError) as error:
         if trainer.saved_step is not None and (folder.path / folder.LAST).is_file():
             command = resume_command(folder)
             error.add_note(f"step {trainer.saved_step} is saved; resume with: {command}")
         raise
     finally:
-        signals.hold = False
         if rank() == 0:
             with drawing(folder, folder.CURVES) as out:
                 draw_curves(folder.read_metrics(), out, title, **curve_marks(job, trainer))
+        signals.hold = False
     if rank() == 0:
         say(epoch_seconds(folder), f"run folder: {folder.path}")
 
@@ -190,7 +190,7 @@ def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals
                 train_and_test({**own, "seed": seed}, [*problems], signals)
         except Stopped as error:
             rest = ", ".join(map(str, seeds[i + 1 :])) or "none"
-            error.add_note(f"seeds left: {rest}")
+            error.add_note(f"seeds left: {rest}; the same --seeds command goes on")
             raise
     with raise_on_all_ranks():
         tests = [folder.read_tests() if rank() == 0 else [{}] for folder in folders]
@@ -237,7 +237,7 @@ def test_only(
         notes.append("only the tenth that training would cut out; to test all, name the file test")
     say(*notes, *map(job.data.report, job.data.rows))
     with locked(folder):
-        test(job, folder)
+        test(job, folder, is_own="dataset" not in given)
 
 
 def answer(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
@@ -343,9 +343,9 @@ def run(given: dict[str, Any], problems: list[str], signals: StopSignals) -> Non
         train_and_test(given, problems, signals)
 
 
-def with_notes(error: BaseException) -> str:
-    """The message of an exception and its notes, on one line."""
-    return "; ".join([str(error), *getattr(error, "__notes__", ())])
+def with_notes(error: BaseException, message: str = "") -> str:
+    """The message of an exception, or another, and its notes, on one line."""
+    return "; ".join([message or str(error), *getattr(error, "__notes__", ())])
 
 
 def say_error(*lines: str) -> None:
@@ -375,11 +375,12 @@ def exit_status(action: Callable[[StopSignals], Any]) -> int:
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())[:500]
         if is_connection_error(error):
-            say_error(f"the connection to another process failed, or that process ended: {text}")
+            text = f"the connection to another process failed, or that process ended: {text}"
         elif is_out_of_memory(error):
-            say_error(f"out of memory ({text}); give a smaller --batch-size or --batch-tokens")
+            text = f"out of memory ({text}); give a smaller --batch-size or --batch-tokens"
         else:
             raise
+        say_error(with_notes(error, text))
         return 1
     except KeyboardInterrupt as error:
         error.args = ("stopped",)

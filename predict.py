@@ -4,6 +4,8 @@ import json
 import math
 import os
 import queue
+import re
+import secrets
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -73,8 +76,10 @@ class Predictor:
         """The n best answers to a text, or to each of several, best first: labels with their
         probabilities, or translations with log P / length penalty, n at most the beam size; [] for
         a blank one."""
-        if not (isinstance(n, int) and n > 0):
+        if not isinstance(n, Integral) or n < 1:
             raise ValueError(f"best: n is {n}; give a whole number above 0")
+        if not self.classes and n > self.search.beam_size:
+            raise ValueError(f"best: n is {n}; load with beam_size={n} or more")
         if isinstance(texts, str):
             return self.best([texts], n)[0]
         return replace(self, n_best=n).answer(texts)
@@ -114,12 +119,11 @@ class Predictor:
             return self._labels(src) if self.classes else self._translations(src)
 
     def _labels(self, src: Tensor) -> list[Answers]:
-        labels = [" ".join(label.split()) for label in self.classes]  # no line break, no tab
         tgt_in = torch.full((len(src), 1), self.codec.bos_id, device=self.device)
         p = self.model(src, tgt_in)[:, 0].float().softmax(dim=-1)  # (b, n_classes)
-        best = p.topk(min(self.n_best or 1, len(labels)), dim=1)
+        best = p.topk(min(self.n_best or 1, len(self.classes)), dim=1)
         rows = zip(best.indices.tolist(), best.values.tolist())
-        return [[(labels[i], x) for i, x in zip(*row)] for row in rows]
+        return [[(self.classes[i], x) for i, x in zip(*row)] for row in rows]
 
     def _translations(self, src: Tensor) -> list[Answers]:
         special = {"bos_id": self.codec.bos_id, "eos_id": self.codec.eos_id}
@@ -142,6 +146,8 @@ class Predictor:
         Only the first `longest` tokens of each side, as many as a picture can show. Later target
         tokens cannot change the weights, so they are cut before the forward pass.
         """
+        if self.classes:
+            raise ValueError("attention: only of a translator")
         src, tgt = (row + [self.codec.eos_id] for row in self.codec.encode([source, target]))
         src, tgt = src[: self.max_length], tgt[: min(longest, self.max_length)]
         tgt_in = [self.codec.bos_id, *tgt[:-1]]
@@ -168,9 +174,19 @@ def join_lines(text: str) -> str:
     return " ".join(text.replace("\t", " ").splitlines()).strip()
 
 
+def checked(text: Any) -> str:
+    """The text. Raises TypeError if it is something else, such as the NaN of an empty cell."""
+    if isinstance(text, str):
+        return text
+    raise TypeError(f"a text is {text!r:.50}, of type {type(text).__name__}; give a str")
+
+
 def portions(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts, PORTION at a time, so every run makes the same batches of a file."""
-    texts = iter(texts)
+    """The texts, PORTION at a time, so every run makes the same batches of a file.
+
+    Raises TypeError for what is not a text.
+    """
+    texts = map(checked, iter(texts))
     while portion := list(islice(texts, PORTION)):
         yield portion
 
@@ -228,10 +244,12 @@ def format_answers(predictor: Predictor, row: Row, answers: Answers, as_json: bo
             raise BadInput("--output: the rows have a column answers already; rename it")
         rows = [{kind: a, score: round(x, 6)} if has_scores else {kind: a} for a, x in answers]
         line = json.dumps({**row, "answers": rows}, ensure_ascii=False, default=str)
-        if "NaN" in line or "Infinity" in line:  # which JSON has not
-            line = json.dumps(json.loads(line, parse_constant=lambda _: None), ensure_ascii=False)
+        # JSON has no NaN and no Infinity, UTF-8 no half of a surrogate pair.
+        if re.search("NaN|Infinity|[\ud800-\udfff]", line):
+            line = json.dumps(json.loads(line, parse_constant=lambda _: None))
         return line
-    return "\t".join(f"{a}\t{x:.4f}" if has_scores else a for a, x in answers)
+    pairs = ((" ".join(answer.split()), x) for answer, x in answers)  # no line break, no tab
+    return "\t".join(f"{a}\t{x:.4f}" if has_scores else a for a, x in pairs)
 
 
 @contextmanager
@@ -241,9 +259,9 @@ def new_file(name: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     path = Path(name).expanduser()
-    made = path.with_name(f"{path.name}.part")
+    made = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(made, "w", encoding="utf-8", newline="\n") as file:
+        with open(made, "x", encoding="utf-8", newline="\n") as file:
             yield file
         os.replace(made, path)
     finally:

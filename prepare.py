@@ -208,6 +208,15 @@ def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:
     ]
     given |= {name: saved[name] for name in sizes}
     given.setdefault("dropout", saved["dropout"])
+    if saved["positions"] == "learned":  # as many as that run could need
+        lengths = {name: saved[name] for name in ("max_length", "pad_to")}
+        problems += [
+            f"{format_option(name, given[name])}: the run of --init-from has learned positions for "
+            f"{n}; leave it out"
+            for name, n in lengths.items()
+            if given.get(name, n) != n
+        ]
+        given |= lengths
     return folder
 
 
@@ -231,9 +240,11 @@ def copy_weights(origin: RunFolder, job: Job) -> None:
     with raise_on_all_ranks():
         classes = origin.read_config()["classes"]
         if classes != job.classes:
+            task = "translation" if classes is None else "classification"
+            remedy = f"--task {task}" if task != job.options.task else "a run with the same"
             raise BadInput(
                 f"--init-from {origin.path}: a model of {of_classes(classes)}, not of "
-                f"{of_classes(job.classes)}; give a run with the same"
+                f"{of_classes(job.classes)}; give {remedy}"
             )
         job.model.load_state_dict(origin.read_weights(job.model), strict=False)  # tied: once
     say(f"weights of {origin.path}")

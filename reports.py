@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from comp_utils import say
@@ -47,14 +48,22 @@ def test_splits(data: TextData) -> list[str]:
     return [split for split in data.rows if kind_of(split) == "test"]
 
 
-def test(job: Job, folder: RunFolder, **facts: Any) -> None:
-    """Scores of each test set, printed and logged with facts; then a picture of the first."""
+def test(job: Job, folder: RunFolder, *, is_own: bool = True, **facts: Any) -> None:
+    """Scores of each test set, printed and logged with facts; then a picture of the first.
+
+    is_own: whether it is the run's own data. Other data leaves the run's pictures and files.
+    """
     for i, split in enumerate(test_splits(job.data)):
-        score_split(job, folder, split, is_drawn=i == 0, **facts)
+        name = split if is_own else f"{split}.{Path(job.options.dataset).name}"
+        score_split(job, folder, split, name, is_drawn=i == 0 and is_own, **facts)
 
 
-def score_split(job: Job, folder: RunFolder, split: str, *, is_drawn: bool, **facts: Any) -> None:
-    """Scores of a test set, and a picture: scores are safe before anything is drawn."""
+def score_split(
+    job: Job, folder: RunFolder, split: str, file: str, *, is_drawn: bool, **facts: Any
+) -> None:
+    """Scores of a test set, and a picture: scores are safe before anything is drawn.
+
+    file: how the names of files with its translations begin."""
     data, predictor, name = job.data, job.predictor, job.options.dataset
     where = {"device": job.device, "precision": job.options.precision}
     result = evaluate_split(job.model, data, split, **where)
@@ -67,7 +76,7 @@ def score_split(job: Job, folder: RunFolder, split: str, *, is_drawn: bool, **fa
         return
     if not data.classes:
         for kind, texts in (("hypotheses", hypotheses), ("references", references)):
-            folder.write_text(f"{split}.{kind}.txt", "".join(f"{text}\n" for text in texts))
+            folder.write_text(f"{file}.{kind}.txt", "".join(f"{text}\n" for text in texts))
         how = {"tokenize": predictor.search.bleu_tokenize, "ignore_case": job.codec.ignores_case}
         scores |= {"beam_size": predictor.search.beam_size}
         scores |= translation_scores(hypotheses, references, **how)

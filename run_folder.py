@@ -102,14 +102,15 @@ class RunFolder:
         if run_dir is not None and not missing:
             return folder
         configs = [p for depth in range(1, 4) for p in Path().glob("*/" * depth + cls.CONFIG)]
-        runs = [p.parent for p in configs if (p.parent / cls.TOKENIZER).is_file()]
+        runs = [p.parent for p in configs if all((p.parent / n).is_file() for n in names)]
         latest = max(runs, key=lambda p: p.stat().st_mtime, default=None)
-        remedy = (
-            f"give the folder of a run{f', such as {latest}, the latest one here' * bool(latest)}"
-        )
-        if run_dir is None:
-            raise BadInput(f"{option}: missing; {remedy}")
-        raise BadInput(f"{option} {run_dir}: no such run, {missing[0]} is missing; {remedy}")
+        remedy = f"give the folder of a run{f', such as {latest}' * bool(latest)}"
+        if missing == [cls.WEIGHTS]:
+            remedy = "train it to its first validation with --resume"
+        elif any(folder.path.glob(f"*/{cls.CONFIG}")) and run_dir:
+            remedy = "it holds several: give one, or repeat the command that trained them"
+        there = f" {run_dir}: no such run, {missing[0]} is missing" if run_dir else ": missing"
+        raise BadInput(f"{option}{there}; {remedy}")
 
     @classmethod
     def find_all(cls, run_dir: str | None, *needed: str, **option: str) -> list["RunFolder"]:
@@ -149,8 +150,7 @@ class RunFolder:
         """Whether a run writes a file of that name, or leaves it as an unfinished write."""
         names = {value for key, value in vars(RunFolder).items() if key.isupper()}
         name = name.removesuffix(".tmp")
-        pattern = r"test\..*(hypotheses|references)\.txt"
-        return name in names or re.fullmatch(pattern, name) is not None
+        return name in names or bool(re.fullmatch(r"test\..*(hypotheses|references)\.txt", name))
 
     def clear(self) -> None:
         """Deletes the files of an earlier run. Raises RunFailed."""

@@ -332,7 +332,7 @@ def command_problems(given: dict[str, Any], commands: list[str]) -> list[str]:
     if len(commands) > 1:
         problems.append(f"{' and '.join(map(format_flag, commands))}: give one of them")
     pairs = [("resume", other) for other in (*commands[:1], "overwrite", "init_from")]
-    pairs += [("seeds", other) for other in (*commands, "resume", "seed")]
+    pairs += [*(("seeds", b) for b in (*commands, "resume", "seed")), ("init_from", "benchmark")]
     problems += [
         f"{format_flag(a)} and {format_flag(b)}: give one of the two"
         for a, b in pairs
@@ -350,11 +350,11 @@ def command_problems(given: dict[str, Any], commands: list[str]) -> list[str]:
         problems.append(f"--export {given['export']}: name the new folder with --to")
     allowed = {
         "compare": {"compare", "figure", "allow_different_work"},
-        "predict": (INFERENCE_OPTIONS | {"source_column", "columns"})
-        - {"num_workers", "bleu_tokenize"},
+        "predict": INFERENCE_OPTIONS - {"num_workers", "bleu_tokenize"}
+        | {"source_column", "columns"},
         "test_only": INFERENCE_OPTIONS | TEST_OPTIONS,
         "export": {"run_dir", "to", "beam_size", "length_penalty", *TEST_OPTIONS},
-        "check_device": option_fields().keys() - {"run_dir", "overwrite"},
+        "check_device": option_fields().keys() - {"run_dir", "overwrite", "init_from"},
     }
     for command in commands[:1]:
         problems += [

@@ -66,7 +66,9 @@ class Splits:
         rows = select_columns(rows, **columns, optional_targets=optional)
         table = to_table(rows, digest(content, columns, optional))
         targets = (x for batch in table.iter(1000) for x in batch["target"])
-        if optional and all(x in ("", "-1") for x in targets):  # -1: held back
+        train = self.tables.get("train")
+        held_back = {"", "-1"} - {*(train.unique("target") if optional and train else ())}
+        if optional and all(x in held_back for x in targets):
             missing = f"no row has a {columns['target_column']}"
             self.notes.append(f"{shorten(names)}: left out of {split}, {missing}")
         else:
@@ -272,7 +274,11 @@ def cut_missing(tables: dict[str, Table], classifies: bool) -> dict[str, Table]:
         tables = {**tables, **{split: cut(split, keep) for split in ("train", *missing)}}
     for split, table in tables.items():
         if not len(table):
-            raise BadInput(f"no sentence of {len(train)} is left for the {split} split; give more")
+            if classifies and len(train) > 1:
+                class_names({"train": train})  # with too many labels, each is kept for training
+            n = len(train)
+            problem = f"no sentence of {n} is left for the {split} split"
+            raise BadInput(f"{problem}; give more, that differ")
     return dict(sorted(tables.items(), key=lambda item: SPLITS.index(kind_of(item[0]))))
 
 

@@ -75,9 +75,11 @@ def has_column(names: Iterable[str], name: str) -> bool:
 
 def header_problem(names: list[str], columns: tuple[str, ...], delimiter: str) -> str | None:
     """Why the first line of a csv or tsv file does not name its columns, if it does not."""
+    others = [d for d in ";|\t," if d in names[0] and len(names) == 1]
+    if others and not any(has_column(names[0].split(others[0]), name) for name in columns):
+        names, others = names[0].split(others[0]), []
     missing = [name for name in columns if not has_column(names, name)]
     spaced = any(name.strip(" \"'") in missing and name != name.strip() for name in names)
-    others = [d for d in ";|\t," if d in names[0] and len(names) == 1]
     if missing and (spaced or others):
         found, shown = delimiter + " " if spaced else others[0], shorten(names)
         return f"the delimiter is {found!r}, not {delimiter!r}, in {shown}; convert the file"
@@ -135,6 +137,7 @@ def read_delimited(
     try:
         for values in reader:
             begin, end = end + 1, reader.line_num
+            values = values or [""] * (len(header) == 1)  # a blank line is a field of one column
             if names and values and len(values) != len(names):
                 problem = f"number of fields is {len(values)}, but --columns names {len(names)}"
                 raise BadInput(f"{path}, line {begin}: {problem}; fix one of the two")

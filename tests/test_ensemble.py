@@ -15,6 +15,7 @@ from runs import resume, stop_after
 
 import decoding
 import evaluation
+import export
 import jobs
 from config import DataConfig
 from data import NO_TARGET, Batch, TextData
@@ -133,7 +134,15 @@ def test_an_ensemble_stops_resumes_and_answers_as_one_model(slice_of_reviews, ca
     assert run_quietly("--test-only", "--run-dir", "run").count("accuracy") == 1
     capsys.readouterr()
     argv = ["--run-dir", "run", "--export", "ctranslate2", "--to", "out"]
-    refuse_with(argv, ["--export ctranslate2", "one model alone", "an ensemble"], capsys)
+    refuse_with(argv, ["--export ctranslate2", "no model like this classifier"], capsys)
+
+
+def test_other_tools_have_no_ensembles_of_translators(finished_translator):
+    job, _ = load_job({"run_dir": str(finished_translator[0]), "device": "cpu"}, [])
+    job.model = Ensemble([job.model, job.model])
+    for name in ("transformers", "ctranslate2"):
+        (problem,) = export.model_problems(job, name)
+        assert f"--export {name}: one model alone" in problem
 
 
 def test_validation_computes_few_logits_at_once(finished_translator, patch):
@@ -177,10 +186,10 @@ def test_runs_of_a_folder_may_be_ensembles(train):
     text = ["a wonderful , moving film"]
     (one,), (two,) = (jobs.load(f"both/r{i}", device="cpu").probabilities(text) for i in (0, 1))
     predictor = jobs.load("both", device="cpu")
-    (all_three,) = predictor.probabilities(text)
-    assert len(predictor.model.models) == 3
-    for label, p in all_three.items():
-        assert p == pytest.approx((2 * one[label] + two[label]) / 3, abs=1e-6)
+    (both,) = predictor.probabilities(text)
+    assert len(predictor.model.models) == 2  # runs count alike, whatever their models
+    for label, p in both.items():
+        assert p == pytest.approx((one[label] + two[label]) / 2, abs=1e-6)
 
 
 def test_runs_with_other_tokenizers_cannot_answer_together(train, capsys):

@@ -88,6 +88,19 @@ def test_an_exported_translator_answers_as_rhea_does(name, exported):
 
 
 @needs("transformers")
+def test_special_tokens_inside_an_answer_of_transformers_count(from_there, exported, monkeypatch):
+    import transformers
+
+    job, *_ = sources(from_there)
+    pad, bos, eos = job.codec.pad_id, job.codec.bos_id, job.codec.eos_id
+    answer = export.read_transformers(job, exported("transformers")[0])
+    for ids, expected in (([7, bos, 8, eos, pad], [7, bos, 8]), ([7, 8], [7, 8]), ([eos], [])):
+        generate = lambda *_, ids=ids, **__: torch.tensor([[bos, *ids]])  # noqa: E731
+        monkeypatch.setattr(transformers.MarianMTModel, "generate", generate)
+        assert answer([5, eos]) == expected
+
+
+@needs("transformers")
 def test_transformers_gives_the_same_logits_and_translations(from_there, exported):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 

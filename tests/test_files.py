@@ -504,3 +504,9 @@ def test_a_wide_file_is_not_printed_whole():
     write("d.csv", ",".join(f"column{i}" for i in range(600)) + "\n" + "1," * 599 + "1\n")
     with pytest.raises(BadInput, match=r"column9, …;"):
         load("d.csv")
+
+
+def test_a_table_with_another_delimiter_and_other_names_is_refused_with_its_names():
+    write("x.csv", csv_text([("good", 1), ("bad", 0)], header=("review", "stars"), delimiter=";"))
+    with pytest.raises(BadInput, match=r"no column text or label, only review, stars; name them"):
+        load("x.csv")

@@ -226,6 +226,16 @@ def test_the_highest_values_and_their_columns_match_torch(V, k):
     assert len(set(columns[0].tolist())) == min(k, V)
 
 
+def test_matrices_stay_packed_until_the_last_thread_is_done():
+    W, seen = torch.nn.Linear(64, 64), []
+    first, second = kernels.packed(W), kernels.packed(W)
+    for enter_or_exit in (first.__enter__, second.__enter__, first.__exit__, second.__exit__):
+        enter_or_exit(*(() if "enter" in enter_or_exit.__name__ else (None, None, None)))
+        seen.append(hasattr(W.weight, "packed"))
+    assert seen == [kernels.ONEDNN] * 3 + [False]
+    assert not vars(W.weight)
+
+
 def test_a_model_gives_the_same_logits_when_packed_and_may_change_afterwards():
     model = Transformer(ModelConfig(), n_vocab=300, max_len=20, pad_id=0).eval()
     src, tgt_in = torch.randint(1, 300, (2, 40, 15))

@@ -224,6 +224,7 @@ def test_the_launcher_stops_resumes_and_reports_a_killed_process(corpora, monkey
         assert "error: process 1 of 2 was killed by signal 9" in errors
         others = "error: the connection to another process failed, or that process ended: "
         assert all(x.startswith(others) for x in errors if "process 1 of 2" not in x)
+        assert f"is saved; resume with: {command}\n" in launcher.said()
         assert "Traceback" not in launcher.said()
         assert launcher.pids() == []
     steps = [event["step"] for event in events("r", "step")]

@@ -158,6 +158,19 @@ def test_weights_of_another_run_bring_its_counts(told):
     assert first["n_sentences"].sum() > 0
 
 
+@pytest.mark.parametrize("origin", [[], ["--init-from", "first"]])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_as_it_would_have(told, origin):
+    run_quietly(*TINY, *WITH, "--dataset", told, "--run-dir", "first")
+    how = "--batch-size 32 --max-steps 3 --warmup-steps 2 --epochs 1".split()
+    how = [*origin, *how] if origin else [*TINY, *WITH, "--max-steps", 3]
+    for run in ("whole", "cut"):
+        run_quietly(*how, "--dataset", told, "--run-dir", run)
+    for name in ("last.pt", "previous.pt", "best.safetensors", "metrics.jsonl"):
+        Path("cut", name).unlink()
+    resume("cut")
+    assert Path("whole/best.safetensors").read_bytes() == Path("cut/best.safetensors").read_bytes()
+
+
 def test_a_translator_has_none(capsys):
     argv = ["--task", "translation", "--naive-bayes", "--dataset", "x"]
     refuse_with(argv, ["--naive-bayes", "--task classification", "leave it out"], capsys)

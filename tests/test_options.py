@@ -314,7 +314,8 @@ def test_all_problems_are_reported_at_once(argv, words, capsys):
 
 def write_run(path: str, seconds: int) -> None:
     """The names of a run, last changed at a time."""
-    write_files({f"{path}/config.json": b"{}", f"{path}/tokenizer.json": b"{}"})
+    names = ("config.json", "tokenizer.json", "best.safetensors")
+    write_files({f"{path}/{name}": b"{}" for name in names})
     os.utime(path, (seconds, seconds))
 
 
@@ -324,9 +325,19 @@ def test_a_missing_run_dir_is_refused_with_the_latest_run(path, command, capsys)
     write_run("runs/reviews/20250101-120000", 1_000)
     write_run(path, 2_000)
     write_files({"other/config.json": json.dumps({"name": "no run"}).encode()})
-    refuse_with(
-        command.split(), ["--run-dir: missing", f"such as {Path(path)}, the latest"], capsys
-    )
+    refuse_with(command.split(), ["--run-dir: missing", f"such as {Path(path)}"], capsys)
+
+
+def test_a_run_that_is_not_there_or_not_usable_yet_is_refused_with_what_to_do(capsys):
+    write_run("whole", 1_000)
+    refuse_with(["--test-only", "--run-dir", "x"], ["x: no such run", "such as whole"], capsys)
+    write_run("begun", 2_000)
+    Path("begun/best.safetensors").unlink()
+    words = ["begun: no such run, best.safetensors is missing", "first validation with --resume"]
+    refuse_with(["--test-only", "--run-dir", "begun"], words, capsys)
+    write_run("seeds/seed-0", 3_000)
+    words = ["seeds: no such run", "repeat the command that trained them"]
+    refuse_with(["--resume", "--run-dir", "seeds"], words, capsys)
 
 
 def test_a_missing_run_dir_where_there_is_no_run_is_refused(capsys):

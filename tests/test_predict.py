@@ -170,11 +170,24 @@ def test_no_answer_has_a_line_break(mark, monkeypatch):
     for beam_size in (1, 2):
         predictor = small_predictor(beam_size=beam_size)
         assert predictor(["x"]) == ["two lines"]
-    assert small_predictor(classes=[f"two{mark}lines"])("x") == "two lines"
+    assert printed_label(f"two{mark}lines") == "two lines"
+
+
+def printed_label(label: str) -> str:
+    """How the command line prints the only label of a classifier."""
+    predictor = small_predictor(classes=[label])
+    assert predictor("x") == label
+    line = predict.format_answers(predictor, {}, predictor.answer(["x"])[0], as_json=False)
+    return line.split("\t")[0]
 
 
 def test_a_tab_in_a_label_is_not_taken_for_the_end_of_the_label():
-    assert small_predictor(classes=["a\tb"])("x") == "a b"
+    assert printed_label("a\tb") == "a b"
+
+
+def test_labels_that_differ_in_white_space_keep_their_probabilities():
+    p = small_predictor(classes=["a b", "a  b", "a\tb"]).probabilities("x")
+    assert [*p] and sum(p.values()) == pytest.approx(1) and len(p) == 3
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -506,3 +519,42 @@ def test_the_source_column_of_a_table_is_answered_beside_its_other_columns(run_c
     refuse_with([*argv, "plain.txt", "--source-column", "id"], words, capsys)
     words = ["--columns: standard input has lines", "leave it out"]
     refuse_with([*argv, "-", "--columns", "id,text"], words, capsys)
+
+
+# ------------------------------------------------------------------------------------------- faults
+
+
+def test_half_of_a_surrogate_pair_in_another_column_is_written_as_json_has_it(run_copy):
+    write_files({"in.jsonl": b'{"text": "fine", "x": "\\ud800", "\\udfff": 1}\n'})
+    run_quietly("--run-dir", run_copy, "--predict", "in.jsonl", "--output", "out.jsonl")
+    (row,) = map(json.loads, Path("out.jsonl").read_text(encoding="utf-8").splitlines())
+    assert row["x"] == "\ud800" and row["\udfff"] == 1 and row["answers"]
+
+
+@pytest.mark.parametrize("more, name", [(["--columns", "text"], "in.txt"), ([], "in.csv")])
+def test_a_blank_line_of_a_table_with_one_column_has_a_blank_answer(more, name, run_copy):
+    write_files({name: b"text\ngood\n\nbad\n"[0 if name == "in.csv" else 5 :]})
+    lines = run_quietly("--run-dir", run_copy, "--predict", name, *more).split("\n")
+    assert [bool(line) for line in lines] == [True, False, True, False]
+
+
+def test_no_other_file_is_touched_while_answers_are_written(run_copy):
+    write_files({"in.txt": b"good\n", "out.txt.part": b"mine"})
+    run_quietly("--run-dir", run_copy, "--predict", "in.txt", "--output", "out.txt")
+    assert Path("out.txt.part").read_bytes() == b"mine"
+    assert sorted(path.name for path in Path().glob("*out*")) == ["out.txt", "out.txt.part"]
+
+
+@pytest.mark.parametrize("text", [None, float("nan"), 3, b"x"])
+def test_what_is_no_text_is_refused_with_its_type(text):
+    with pytest.raises(TypeError, match=f"of type {type(text).__name__}; give a str"):
+        small_predictor()(["fine", text])
+
+
+def test_python_s_other_wrong_questions_are_refused():
+    translator, classifier = small_predictor(beam_size=2), small_predictor(classes=["a", "b"])
+    with pytest.raises(ValueError, match="load with beam_size=3"):
+        translator.best("x", 3)
+    with pytest.raises(ValueError, match="only of a translator"):
+        classifier.attention("x", "y")
+    assert len(classifier.best("x", np.int64(2))) == 2

@@ -397,6 +397,11 @@ def test_weights_of_another_model_are_refused(finished, slice_of_reviews, capsys
         "--d-model 96": ["--d-model 96", "--init-from", "leave it out"],
         "--vocab-size 500": ["--vocab-size 500", "--init-from", "leave it out"],
         "--resume": ["--resume and --init-from"],
+        "--benchmark 1": ["--init-from and --benchmark"],
+        "--task translation --source-column text --target-column text": [
+            "--init-from",
+            "--task classification",
+        ],
     }.items():
         argv = ["--run-dir", "new", "--init-from", finished[0], *options.split()]
         if "--dataset" not in options and "--resume" not in options:

@@ -65,6 +65,22 @@ def test_an_unlabelled_split_is_left_out_and_noted(split, content):
         load(Path("d", f"{split}.csv"), [split])
 
 
+def test_a_class_named_minus_1_is_a_label_where_training_has_it():
+    for split, rows in {
+        "train": [(f"film {i}", "1" if i % 2 else "-1") for i in range(60)],
+        "test": [("c", "-1")],
+    }.items():
+        write(f"d/{split}.csv", csv_text(rows))
+    splits = load("d")
+    assert splits.sources["test"] == ["test.csv"] and splits.tables["test"]["target"] == ["-1"]
+
+
+def test_labels_that_are_no_classes_are_refused_before_a_split_is_cut():
+    write("x.csv", csv_text([(f"film {i}", i / 7) for i in range(300)]))
+    with pytest.raises(BadInput, match="300 labels in 300 rows; name a column of classes"):
+        load("x.csv")
+
+
 def test_a_test_set_without_translations_is_left_out():
     write("d/train.csv", csv_text(numbered(60), header=("en", "de")))
     write("d/test.csv", csv_text([("a", ""), ("b", "")], header=("en", "de")))
