@@ -1,6 +1,7 @@
 """Using a finished run: what is refused, and files that are damaged or of another version."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,3 +173,13 @@ def test_a_run_with_a_damaged_file_is_refused(name, damage, run_copy, capsys):
     write_files({"in.txt": b"good\n"})
     damage(run_copy / name)
     refuse_with(["--run-dir", "copy", "--predict", "in.txt"], ["copy", name], capsys)
+
+
+def test_testing_on_other_data_leaves_the_files_of_the_run(finished_translator):
+    run = Path(shutil.copytree(finished_translator[0], "copy"))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    write_files({"test_other.csv": b"in,out\n" + b"a b,b a\n" * 50})
+    run_quietly("--test-only", "--run-dir", run, "--dataset", "test_other.csv")
+    changed = {p.name for p in run.iterdir() if p.read_bytes() != before.get(p.name)}
+    kinds = ("hypotheses", "references")
+    assert changed == {"metrics.jsonl", *(f"test.test_other.csv.{kind}.txt" for kind in kinds)}

@@ -30,7 +30,8 @@ def test_every_option_in_the_pages_exists_and_every_option_is_in_the_pages():
     text = "\n".join(PAGES.values())
     named = set(re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", text)) - TORCHRUN - {"--help"}
     fields = settings.option_fields(ddp_main.DDP_GROUPS)
-    assert named == {settings.format_flag(name) for name in fields}
+    negated = {f"no_{name}" for name, f in fields.items() if f.metadata.get("negatable")}
+    assert named - set(map(settings.format_flag, negated)) == set(map(settings.format_flag, fields))
 
 
 def test_every_command_in_the_pages_has_valid_options():
