@@ -68,6 +68,7 @@ def test_cuda_is_queried_for_its_own_figures(fake_cuda, monkeypatch):
     assert facts["processor"] != "NVIDIA Fake"
 
 
+@pytest.mark.slow
 def test_tf32_and_deterministic_kernels_are_set_and_reset(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     device = torch.device("cuda")

@@ -121,6 +121,7 @@ def test_a_model_with_itself_finds_what_it_finds_alone(monkeypatch):
 # --------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_an_ensemble_stops_resumes_and_answers_as_one_model(slice_of_reviews, capsys):
     argv = [*TINY, "--dataset", str(slice_of_reviews), "--ensemble", "2", "--run-dir"]
     run_quietly(*argv, "whole")

@@ -78,6 +78,7 @@ def sources(run):
     return job, texts, rows, src
 
 
+@pytest.mark.slow
 @each_format
 def test_an_exported_translator_answers_as_rhea_does(name, exported):
     folder, out = exported(name)
@@ -87,6 +88,7 @@ def test_an_exported_translator_answers_as_rhea_does(name, exported):
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @needs("transformers")
 def test_special_tokens_inside_an_answer_of_transformers_count(from_there, exported, monkeypatch):
     import transformers
@@ -100,6 +102,7 @@ def test_special_tokens_inside_an_answer_of_transformers_count(from_there, expor
         assert answer([5, eos]) == expected
 
 
+@pytest.mark.slow
 @needs("transformers")
 def test_transformers_gives_the_same_logits_and_translations(from_there, exported):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -123,6 +126,7 @@ def test_transformers_gives_the_same_logits_and_translations(from_there, exporte
 
 @needs("ctranslate2")
 @pytest.mark.parametrize("compute_type", ["float32", "int8"])
+@pytest.mark.slow
 def test_ctranslate2_finds_the_same_candidates_in_a_beam(compute_type, from_there, exported):
     import ctranslate2
 
@@ -147,6 +151,7 @@ def test_ctranslate2_finds_the_same_candidates_in_a_beam(compute_type, from_ther
         assert result.scores[0] == pytest.approx(expected[0][0], abs=0.2, rel=0.05)
 
 
+@pytest.mark.slow
 @needs("onnx")
 def test_onnx_gives_the_same_probabilities_for_any_batch(run_copy, tmp_path):
     import onnxruntime
@@ -165,6 +170,7 @@ def test_onnx_gives_the_same_probabilities_for_any_batch(run_copy, tmp_path):
 
 
 @needs("onnx")
+@pytest.mark.slow
 def test_the_search_of_the_documentation_answers_as_rhea_does(from_there, exported, capsys):
     folder, _ = exported("onnx")
     text = (PROJECT / "docs" / "running.md").read_text(encoding="utf-8")
@@ -177,6 +183,7 @@ def test_the_search_of_the_documentation_answers_as_rhea_does(from_there, export
         assert capsys.readouterr().out.strip() == model(source)
 
 
+@pytest.mark.slow
 @needs("onnx")
 def test_a_model_is_exported_without_its_data(run_copy, tmp_path, monkeypatch, capsys):
     def gone(*_):
@@ -189,6 +196,7 @@ def test_a_model_is_exported_without_its_data(run_copy, tmp_path, monkeypatch, c
     refuse_with(argv, ["--dataset x: no such file"], capsys)
 
 
+@pytest.mark.slow
 @needs("ctranslate2")
 def test_a_model_that_answers_otherwise_is_not_exported(from_there, tmp_path, monkeypatch, capsys):
     write, read = export.FORMATS["ctranslate2"]
@@ -218,6 +226,7 @@ def test_what_cannot_be_exported_is_refused(run_copy, capsys, monkeypatch):
     assert not Path("new").exists()
 
 
+@pytest.mark.slow
 def test_scores_are_finite(from_there):
     model = load(str(from_there), device="cpu")
     ((first, *_),) = model.best(["a b c"], 3)

@@ -236,6 +236,7 @@ def test_matrices_stay_packed_until_the_last_thread_is_done():
     assert not vars(W.weight)
 
 
+@pytest.mark.slow
 def test_a_model_gives_the_same_logits_when_packed_and_may_change_afterwards():
     model = Transformer(ModelConfig(), n_vocab=300, max_len=20, pad_id=0).eval()
     src, tgt_in = torch.randint(1, 300, (2, 40, 15))
@@ -269,6 +270,7 @@ print((used() - before) // 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not kernels.onednn_is_faster(), reason="products are not oneDNN's here")
 def test_products_of_many_shapes_do_not_fill_the_memory():
     """With oneDNN's own limits 700 shapes take 350 MB."""

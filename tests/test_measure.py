@@ -50,6 +50,7 @@ def test_flops_of_one_layer_by_hand(form):
     assert measure.forward_flops(model, {(2, 1): 1}) == encoder + decoder + logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("classifies", [False, True])
 def test_flops_are_those_of_the_batches_and_a_third_of_a_step(classifies, form):

@@ -91,6 +91,7 @@ def test_the_readme_fits_one_page():
     assert max(map(len, README.splitlines())) <= 250
 
 
+@pytest.mark.slow
 def test_nothing_happens_on_import():
     code = "import " + ", ".join(path.stem for path in PROJECT.glob("*.py"))
     done = subprocess.run(

@@ -43,6 +43,7 @@ def test_a_run_that_is_killed_three_times_ends_as_an_unbroken_one(task, small_da
     assert differences(Path("run"), unbroken[task]) == []
 
 
+@pytest.mark.slow
 def test_the_runs_that_are_killed_use_every_part_of_a_checkpoint(unbroken):
     options = {}
     for task, run in unbroken.items():
@@ -160,6 +161,7 @@ def test_changed_options_are_listed_and_saved(stopped):
     assert events(stopped, "step")[-1]["lr"] < 1e-3
 
 
+@pytest.mark.slow
 def test_data_can_be_moved(small_data, unbroken, capsys):
     shutil.copytree(small_data / DATA["classification"], "old place")
     argv = command("classification", small_data, "run", *EPOCHS)

@@ -413,6 +413,7 @@ def test_weights_of_another_model_are_refused(finished, slice_of_reviews, capsys
 # --------------------------------------------------------------------- validation within an epoch
 
 
+@pytest.mark.slow
 def test_validation_within_an_epoch_keeps_the_best_weights(train):
     options = ("--epochs", 2, "--average-checkpoints", 1)
     plain, often = train("plain", *options), train("often", *options, "--validate-every", 3)
@@ -436,6 +437,7 @@ def test_validation_within_an_epoch_keeps_the_best_weights(train):
 # ---------------------------------------------------------------------------------- several seeds
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_each_and_summed_up(slice_of_reviews, finished):
     argv = [*TINY, "--dataset", slice_of_reviews, "--run-dir", "r"]
     out = run_quietly(*argv, "--seeds", "0,2-3")

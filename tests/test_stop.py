@@ -316,6 +316,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_the_warm_up_reserves_the_memory_of_the_optimizer(small_data, patch):
     """Adam's moments are made in the first step, after the warm-up has tried the largest batch."""
     seen, add_gradients = [], procedures.add_gradients

@@ -31,6 +31,7 @@ def run_forked(command: list[str], **_) -> SimpleNamespace:
     return SimpleNamespace(returncode=status, stderr=process.said()[1])
 
 
+@pytest.mark.slow
 def test_rows_are_trained_once_and_compared(monkeypatch, capsys):
     Path("data").mkdir()
     toy_corpus(Path("data"), list, n=100)

@@ -45,6 +45,7 @@ def test_special_tokens_of_a_new_tokenizer_are_0_to_3(codec):
     assert tokens == ["<pad>", "<s>", "</s>", "<unk>"]
 
 
+@pytest.mark.slow
 @given(text=st.text())
 @hypothesis_settings(max_examples=200)
 def test_any_text_comes_back_from_its_ids(codec, text):
