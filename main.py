@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from comp_utils import is_out_of_memory, say, set_seed, set_up_output, warn
-from config import DataConfig
+from config import DataConfig, format_flag
 from data import TextData
 from ddp_utils import (
     broadcast,
@@ -330,8 +330,9 @@ def run(given: dict[str, Any], problems: list[str], signals: StopSignals) -> Non
     """Runs the command that the options ask for. problems: found in them so far."""
     commands = [name for name in COMMANDS if name in given]
     found = command_problems(given, commands)
+    meant = [name for name in COMMANDS if any(p.startswith(format_flag(name)) for p in problems)]
     with raise_on_all_ranks():
-        if found or commands or {"resume", "seeds"} & given.keys():  # a new run has more to check
+        if found or commands or meant or {"resume", "seeds"} & given.keys():  # new runs check more
             raise_problems([*problems, *found])
     if "resume" in given:
         resume(given, problems, signals)

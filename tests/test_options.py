@@ -352,3 +352,12 @@ def test_a_name_that_the_locale_cannot_decode_is_refused(capsys):
 @pytest.mark.parametrize("name", ["--max-length", "--pad-to"])
 def test_lengths_that_no_position_table_can_hold_are_refused(name, capsys):
     refuse_with([name, "100000000"], [f"{name} 100000000", "below 100001"], capsys)
+
+
+@pytest.mark.parametrize("wrong", [["--predict", ""], ["--benchmark", "0"], ["--n-best", "0"]])
+def test_a_command_that_is_wrong_is_not_taken_for_a_new_run(wrong, capsys):
+    write_run("mine", 1_000)
+    if wrong[0] == "--n-best":
+        wrong = [*wrong, "--predict", "in.txt"]
+        write_files({"in.txt": b"a"})
+    refuse_with([*wrong, "--run-dir", "mine"], [wrong[0]], capsys)
