@@ -14,8 +14,7 @@ from naive_bayes import NaiveBayes
 
 class MeanOutput(nn.Module):
     """log p with p = (p_1 + ... + p_m) / m, where p_i are the probabilities of model i's output
-    layer. With naive Bayes, which has evidence e of weight w, the log of a weighted geometric mean:
-    (log p + w e) / (1 + w), but for a constant.
+    layer. With naive Bayes, which says e and has weight w: (log p + w e) / (1 + w), normalized.
 
     Shapes: X (..., d_1 + ... + d_m), what the models' trunks give, side by side, and w e (..., n)
     if there is any; returns (..., n).
@@ -76,7 +75,7 @@ class Ensemble(nn.Module):
     @property
     def width(self) -> int:
         """The size of the trunk's vectors."""
-        return sum(self.output.widths) + (len(self.naive_bayes.prior) if self.naive_bayes else 0)
+        return sum(self.output.widths) + (self.naive_bayes.n_classes if self.naive_bayes else 0)
 
     def forward(self, src: Tensor, tgt_in: Tensor, loss: Loss | None = None) -> Any:
         """Log probabilities (b, l_x, n), or what a loss makes of them. In training the losses of

@@ -104,8 +104,9 @@ def build_model(options: Options, codec: TextCodec, classes: list[str] | None) -
     if classes is not None:
         kind, sizes["n_classes"] = TransformerClassifier, len(classes)
     config = extract_config(ModelConfig, options)
+    uses_counts = config.naive_bayes and classes is not None
     models = [kind(config, **sizes) for _ in range(config.ensemble)]
-    naive_bayes = NaiveBayes(len(classes), codec.pad_id) if config.naive_bayes else None
+    naive_bayes = NaiveBayes(len(classes), codec.pad_id) if uses_counts else None
     return Ensemble(models, naive_bayes) if naive_bayes or len(models) > 1 else models[0]
 
 

@@ -13,9 +13,11 @@ from data import TextData
 from ddp_utils import (
     broadcast,
     broadcast_from_rank_zero,
+    broadcast_tensors,
     local_rank_zero_first,
     local_world_size,
     raise_on_all_ranks,
+    rank,
     usable_cores,
     world_size,
 )
@@ -59,7 +61,7 @@ def load_data(
 ) -> tuple[TextData, Splits]:
     """The data set as ids and as text; the tokenizer is a run's, or that of the options.
 
-    given: of a new run, the options whose values do not follow from the size of the data.
+    given: of a new run, the options on the command line; None on resume.
     Rank 0 trains or reads the tokenizer; one process of each machine prepares the rows for all.
     """
     is_classification, fitted = options.task == "classification", []
@@ -221,8 +223,8 @@ def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:
 
 
 def first_weights(job: Job) -> None:
-    """Gives a new model the weights of the run of --init-from, if any, and counts for naive Bayes.
-    Raises BadInput if that run has another model."""
+    """Loads the weights of --init-from, if given, and fits naive Bayes. Raises BadInput if that run
+    has another model."""
     if job.options.init_from:
         with raise_on_all_ranks():
             origin = RunFolder.find(job.options.init_from, RunFolder.WEIGHTS, option="--init-from")
@@ -230,8 +232,11 @@ def first_weights(job: Job) -> None:
     if job.options.naive_bayes:
         naive_bayes, data = job.model.naive_bayes, job.data
         plan, cpu = data.plan("train", seed=job.options.seed, epoch=1), torch.device("cpu")
-        naive_bayes.to(cpu).fit(lambda: data.load("train", plan, cpu))
+        with raise_on_all_ranks():
+            if rank() == 0:
+                naive_bayes.to(cpu).fit(data.load("train", plan, cpu))
         naive_bayes.to(job.device)
+        broadcast_tensors(naive_bayes.parameters())
         job.notes.append(f"naive Bayes has weight {naive_bayes.weight.item():.2f}")
 
 

@@ -152,7 +152,8 @@ class Trainer:
         """
         began = time.perf_counter()
         # Adam's moments come with the first step: reserve their memory, 8 bytes a parameter.
-        reserved = [torch.empty_like(p) for p in self.model.parameters() for _ in range(2)]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        reserved = [torch.empty_like(p) for p in trained for _ in range(2)]
         self.runner.train()
         try:
             for batch in self.data.load("train", self.warm_up_plan(), self.device):

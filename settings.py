@@ -315,7 +315,7 @@ def option_problems(options: SimpleNamespace, given: dict[str, Any]) -> list[str
     problems = [line for c in configs if hasattr(c, "problems") for line in c.problems()]
     if options.overwrite and options.run_dir is None:
         problems.append("--overwrite: name the run to replace with --run-dir")
-    if options.naive_bayes and options.task != "classification":
+    if given.get("naive_bayes") and options.task != "classification":
         problems.append("--naive-bayes: only for --task classification; leave it out")
     if not trains_tokenizer(extract_config(TokenizerConfig, options), options.dataset):
         problems += [
