@@ -37,7 +37,7 @@ class TrainingState:
         self.__dict__.update(fresh.__dict__)
 
     def forget_best(self) -> None:
-        """best.safetensors is of a later epoch than this state, so the next epoch is the best."""
+        """best.safetensors is newer than this state: forget it, so that the next epoch wins."""
         self.best, self.best_epoch, self.best_checksum = (), 0, ""
 
 

@@ -178,7 +178,7 @@ def attention(Q: Tensor, K: Tensor, V: Tensor, Mask: Tensor | None = None) -> Te
 class Context:
     """Keys K (b, h, l_z, d_attn) and values V (b, h, l_z, d_mid), kept between decoding steps.
 
-    width: tokens at each position, one of each hypothesis, next to each other.
+    width: tokens per position, one for each hypothesis, adjacent.
     """
 
     def __init__(self, width: int = 1) -> None:

@@ -94,9 +94,9 @@ def beam_search(
 ) -> list[list[tuple[float, list[int]]]]:
     """The n_best hypotheses with the highest log P(Y | X) / lp(Y) that a beam finds, best first.
 
-    The beam holds the beam_size most probable hypotheses. One that ends keeps its place, so fewer
-    stay open. A sentence is finished when no open hypothesis can overtake the n_best ended ones, or
-    at the length limit, where open ones follow if too few have ended.
+    The beam holds the beam_size most probable hypotheses. An ended one still holds a place, so
+    fewer stay open. A sentence is finished when no open hypothesis can overtake the n_best ended
+    ones, or at the length limit, where open ones follow if too few have ended.
     Source: AIAYN, section 6.1; Wu et al. (arXiv 1609.08144), section 7.
     Takes src (b, l_z); returns (score, ids) of each, at most beam_size.
     """

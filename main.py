@@ -51,9 +51,9 @@ from prepare import (
     options_of_seeds,
     origin_of,
     prepare,
+    resolve_run,
     restore_threads,
     say_facts,
-    start,
 )
 from procedures import Trainer
 from records import append_command, as_record, compare
@@ -87,7 +87,7 @@ def locked(folder: RunFolder) -> Iterator[None]:
 def train_and_test(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """A new run, from text to test result."""
     origin = origin_of(given, problems)
-    options, device, folder = start(given, problems)
+    options, device, folder = resolve_run(given, problems)
     job = prepare(options, device, origin, given)
     first_weights(job)
     with locked(folder):
@@ -277,7 +277,7 @@ def export_model(given: dict[str, Any], problems: list[str], signals: StopSignal
 
 def time_steps(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """Times training steps and writes a record."""
-    options, device, folder = start(given, problems)
+    options, device, folder = resolve_run(given, problems)
     job = prepare(options, device, given=given)
     say_facts(job, folder)
     with locked(folder):
@@ -292,7 +292,7 @@ def time_steps(given: dict[str, Any], problems: list[str], signals: StopSignals)
 
 def check_against_cpu(given: dict[str, Any], problems: list[str], signals: StopSignals) -> None:
     """Compares a device with the CPU on one batch. Raises RunFailed if they differ."""
-    options, device, _ = start(given, problems)
+    options, device, _ = resolve_run(given, problems)
     job = prepare(options, device, given=given)
     say_facts(job, None)
     written_out = SimpleNamespace(**{**vars(options), "attention": "list"})

@@ -26,7 +26,7 @@ from optimization import loss_sums
 from procedures import Trainer
 
 REPETITIONS = 5
-FREE = {"attention", "dropout", "naive_bayes"}  # model options that leave the work as it is
+SAME_WORK = {"attention", "dropout", "naive_bayes"}  # options that do not change it
 WARM_UP = 10  # steps before the clock starts: caches, clock rates and allocators settle
 
 
@@ -128,7 +128,7 @@ def work_fingerprint(plan_fingerprint: str, model: ModelConfig, r_drop: float) -
     options at their default, so that a new option leaves old records comparable.
     """
     default = asdict(ModelConfig())
-    shape = {k: v for k, v in asdict(model).items() if k not in FREE}
+    shape = {k: v for k, v in asdict(model).items() if k not in SAME_WORK}
     shape = {k: v for k, v in shape.items() if v != default[k]}
     return digest(plan_fingerprint, shape, model.dropout > 0, r_drop > 0)
 

@@ -71,7 +71,7 @@ class DecoderLayer(Layer):
 
     Source: AIAYN, section 3.1; FA, Algorithm 8, the loop over the decoder's layers.
     Shapes: X (b, l_x, d), memory (b, l_z, d), Mask of memory -> (b, h, l_x, l_z); returns
-    (b, l_x, d). past, past_Mask, seen: what X and memory continue; see `Cache`.
+    (b, l_x, d). past, seen: cached keys and values of X and of memory; past_Mask: of past.
     """
 
     def __init__(self, config: ModelConfig) -> None:

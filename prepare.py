@@ -42,7 +42,9 @@ from splits import Splits, check_labels, class_names, embedded, largest_class, l
 from tokenization import as_codec, get_tokenizer, read_tokenizer
 
 
-def start(given: dict[str, Any], problems: list[str]) -> tuple[Options, torch.device, RunFolder]:
+def resolve_run(
+    given: dict[str, Any], problems: list[str]
+) -> tuple[Options, torch.device, RunFolder]:
     """Options, device and folder of a new run. Nothing is written yet. Raises BadInput."""
     options, device, folder = resolve(given), None, None
     with raise_on_all_ranks():

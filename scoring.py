@@ -134,10 +134,10 @@ def translation_scores(
 
 def format_sample(**texts: str) -> str:
     """A line for each text, its name before it, cut to 200 characters."""
-    return "\n".join(f"  {name:<11} {shorten(text, 200)}" for name, text in texts.items())
+    return "\n".join(f"  {name:<11} {cut_text(text, 200)}" for name, text in texts.items())
 
 
-def shorten(text: str, longest: int) -> str:
+def cut_text(text: str, longest: int) -> str:
     """The text on one line, cut between characters, since not every script has spaces."""
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
@@ -153,7 +153,7 @@ def warn_if_not_reversible(codec: TextCodec, references: list[str]) -> None:
     pairs = [[" ".join(text.split()) for text in comparable(pair)] for pair in pairs]
     changed = [(before, after) for before, after in pairs if case(before) != case(after)]
     if changed:
-        before, after = (shorten(text, 60) for text in changed[0])
+        before, after = (cut_text(text, 60) for text in changed[0])
         print(
             f"warning: tokenizer: {len(changed):,} of {len(references):,} validation references "
             f'change when encoded and decoded, e.g. "{before}" to "{after}": BLEU will be low; '

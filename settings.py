@@ -146,7 +146,7 @@ def option_fields(groups: Groups = GROUPS) -> dict[str, Any]:
     return {f.name: f for group in groups.values() for config in group for f in fields(config)}
 
 
-def kind_of(f: Any) -> type:
+def type_of(f: Any) -> type:
     """int for a field of type int or int | None, tuple for one of several values."""
     kind = next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
     return typing.get_origin(kind) or kind
@@ -154,7 +154,7 @@ def kind_of(f: Any) -> type:
 
 def add_option(group: Any, f: Any, default: Any) -> None:
     """Adds the flag of a field to a group of a parser. default: what --help shows."""
-    kind, name, limits = kind_of(f), format_flag(f.name), f.metadata
+    kind, name, limits = type_of(f), format_flag(f.name), f.metadata
     text = limits["help"].replace("%", "%%")
     if kind is bool:
         action = argparse.BooleanOptionalAction if limits.get("negatable") else "store_true"
@@ -202,7 +202,7 @@ def parse_args(
     namespace, unknown = build_parser(groups).parse_known_args(argv)
     given, problems = {}, []
     for name, text in vars(namespace).items():
-        f, kind = known[name], kind_of(known[name])
+        f, kind = known[name], type_of(known[name])
         try:
             value = text if kind is bool else kind(text)  # of several values, a tuple
             if value != value or value == "":
@@ -227,7 +227,7 @@ def value_problems(name: str, value: Any) -> list[str]:
         near = near_flags(format_flag(name), list(map(format_flag, option_fields())))
         hint = f"did you mean {near[0][2:].replace('-', '_')}?" if near else "see main.py --help"
         return [f"{name}: no such option; {hint}"]
-    kind = kind_of(f)
+    kind = type_of(f)
     if value is None and f.default is None:
         return []
     fits = isinstance(value, int | float if kind is float else kind)

@@ -128,7 +128,7 @@ def count_quoted(table: Table) -> int:
     return sum(pc.sum(pc.match_substring_regex(t, '^".*"$')).as_py() or 0 for t in texts)
 
 
-def read_table(table: "datasets.Dataset", name: str, target_column: str) -> Rows:
+def rows_of_hub(table: "datasets.Dataset", name: str, target_column: str) -> Rows:
     """The rows of a table of the Hub, a class's name in place of its number."""
     names = getattr(table.features.get(target_column), "names", None)
     for number, row in enumerate(table, 1):
@@ -215,7 +215,7 @@ def load_hub(path: Path, name: str, config_name: str | None, columns: dict[str, 
             splits.notes.append(f"split {key}: left out, {reason}")
             continue
         table = table.flatten()  # the fields of a nested column are columns named a.b
-        rows = read_table(table, f"{name}, {key}", columns["target_column"])
+        rows = rows_of_hub(table, f"{name}, {key}", columns["target_column"])
         splits.add(split, [f"split {key}"], rows, columns, [table._fingerprint, content])
     return splits
 

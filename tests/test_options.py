@@ -87,7 +87,7 @@ def test_the_examples_of_the_help_are_valid():
 
 @pytest.mark.parametrize("flag", FIELDS)
 def test_every_field_of_the_settings_is_a_flag(flag):
-    kind, limits = settings.kind_of(FIELDS[flag]), FIELDS[flag].metadata
+    kind, limits = settings.type_of(FIELDS[flag]), FIELDS[flag].metadata
     fits = {bool: True, int: limits.get("low"), float: 0.5, str: limits.get("choices", ["a"])[-1]}
     fits[tuple] = ("a", "b")
     values = [] if kind is bool else fits[tuple] if kind is tuple else [str(fits[kind])]
@@ -139,7 +139,7 @@ def test_without_a_recipe_the_learning_rate_is_the_papers(monkeypatch):
 
 # ---------------------------------------------------------------------------------- invalid options
 
-NUMBERS = [flag for flag, f in FIELDS.items() if settings.kind_of(f) in (int, float)]
+NUMBERS = [flag for flag, f in FIELDS.items() if settings.type_of(f) in (int, float)]
 MAY_BE_ZERO = (
     "--seed --pad-to --num-workers --dropout --label-smoothing --weight-decay --length-penalty "
     "--r-drop"
