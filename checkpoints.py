@@ -70,9 +70,14 @@ class KeptWeights:
         return list(self.last)
 
     def _with(self, model: nn.Module) -> list[Weights]:
-        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        now = {name: p.detach().cpu().clone() for name, p in trained}
+        weights = trained_part(model, dict(model.named_parameters()))
+        now = {name: p.detach().cpu().clone() for name, p in weights.items()}
         return [*self.last, now][-self.n :]
+
+
+def trained_part(model: nn.Module, weights: Weights) -> Weights:
+    """Those of a model's weights that are trained, without what naive Bayes counted."""
+    return {name: weights[name] for name, p in model.named_parameters() if p.requires_grad}
 
 
 def capture(

@@ -14,10 +14,10 @@ from naive_bayes import NaiveBayes
 
 class MeanOutput(nn.Module):
     """log p with p = (p_1 + ... + p_m) / m, where p_i are the probabilities of model i's output
-    layer. With naive Bayes, which says e and has weight w: (log p + w e) / (1 + w), normalized.
+    layer. With naive Bayes, which says e: w_1 log p + w_2 e, normalized.
 
-    Shapes: X (..., d_1 + ... + d_m), what the models' trunks give, side by side, and w e (..., n)
-    if there is any; returns (..., n).
+    Shapes: X (..., d_1 + ... + d_m), what the models' trunks give, side by side, and e (..., n) if
+    there is any; returns (..., n).
     """
 
     def __init__(self, models: Iterable[nn.Module], naive_bayes: NaiveBayes | None) -> None:
@@ -28,13 +28,18 @@ class MeanOutput(nn.Module):
         self.widths = [model.width for model in models]
 
     def forward(self, X: Tensor) -> Tensor:
+        log_p, evidence = self.parts(X)
+        if not self.naive_bayes:
+            return log_p
+        weights = self.naive_bayes.weights
+        return (weights[0] * log_p + weights[1] * evidence).log_softmax(dim=-1)
+
+    def parts(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """log p, and e or (..., 0)."""
         *parts, evidence = X.tensor_split(list(accumulate(self.widths)), dim=-1)
         pairs = zip(self.outputs, parts)
         log_p = torch.stack([output(part).float().log_softmax(dim=-1) for output, part in pairs])
-        log_p = log_p.logsumexp(dim=0) - math.log(len(log_p))
-        if not self.naive_bayes:
-            return log_p
-        return ((log_p + evidence) / (1 + self.naive_bayes.weight)).log_softmax(dim=-1)
+        return log_p.logsumexp(dim=0) - math.log(len(log_p)), evidence
 
 
 class EnsembleCache:

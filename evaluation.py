@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from comp_utils import autocast
 from data import Plan, TextData
 from ddp_utils import rank, sum_across_ranks, world_size
+from ensemble import Ensemble
 from optimization import explain_out_of_memory, loss_and_counts
 from scoring import Evaluation
 
@@ -49,3 +50,19 @@ def evaluate_split(
     confusion = sum_across_ranks(confusion).numpy() if data.classes else None
     n_targets = int(data.sizes(split, plan).n_targets.sum())
     return Evaluation(nll / n_targets, n_correct / n_targets, confusion)
+
+
+@torch.no_grad()
+def evidence_on(
+    model: Ensemble, data: TextData, split: str, *, device: torch.device, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a classifier's models and naive Bayes say of a split, and its labels, on the CPU: log p
+    and evidence (n, n_classes) each, labels (n)."""
+    model.eval()
+    found = []
+    for batch in data.load(split, data.plan(split), device):
+        with explain_out_of_memory(batch), autocast(precision, device):
+            parts = model.output.parts(model.trunk(batch.src, batch.tgt_in)[:, 0])
+        found.append([x.float().cpu() for x in parts] + [batch.tgt_out[:, 0].cpu()])
+    log_p, evidence, labels = (torch.cat(x) for x in zip(*found))
+    return log_p, evidence, labels

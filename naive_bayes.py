@@ -10,7 +10,6 @@ from data import Batch
 
 SIZE = 1 << 21  # values of the table, 8 MB; features that share a row are not told apart
 FACTOR = 1_000_003  # spreads pairs of ids over the rows
-MOST_TO_WEIGH = 10_000  # sentences
 
 
 class NaiveBayes(nn.Module):
@@ -18,8 +17,8 @@ class NaiveBayes(nn.Module):
 
     Features are tokens and pairs of adjacent tokens. r[f, label] = log((n[f, label] + 1) /
     (n[f] P(label) + 1)) compares how often f occurs in training sentences of a label with how often
-    it would if labels did not matter; a feature that is new has 0. As features depend on each
-    other, their sum is too sure of itself: weight says how much it counts beside other models.
+    it would if labels did not matter; a feature that is new has 0.
+    weights: how much the models beside it count, and how much this does; see `MeanOutput`.
     Source: the log-count ratios of Wang and Manning (ACL 2012, "Baselines and Bigrams"), section 2.
     """
 
@@ -28,9 +27,10 @@ class NaiveBayes(nn.Module):
         self.pad_id, self.n_classes = pad_id, n_classes
         self.n_rows = max(1, SIZE // n_classes)  # and one of zeros, for padding
         # Parameters that are counted, not trained: they are saved and sent as all others.
-        shapes = {"ratios": (self.n_rows + 1, n_classes), "log_prior": (n_classes,), "weight": ()}
-        for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+        shapes = {"ratios": (self.n_rows + 1, n_classes), "log_prior": (n_classes,)}
+        values = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        for name, value in {**values, "weights": torch.tensor([1.0, 0.0])}.items():
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
 
     def features(self, src: Tensor) -> Tensor:
         """The row of each feature: src (b, l) -> (b, 2 l - 1)."""
@@ -40,42 +40,39 @@ class NaiveBayes(nn.Module):
         return rows.masked_fill(torch.cat((is_padding, is_padding[:, 1:]), dim=1), self.n_rows)
 
     def forward(self, src: Tensor) -> Tensor:
-        """src (b, l) -> weight times the formula above, in nats (b, n_classes)."""
-        evidence = F.embedding_bag(self.features(src), self.ratios, mode="sum")
-        return self.weight * (self.log_prior + evidence)
+        """src (b, l) -> the formula above, in nats (b, n_classes)."""
+        return self.log_prior + F.embedding_bag(self.features(src), self.ratios, mode="sum")
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Batch]) -> None:
-        """Counts the features of training sentences, on the CPU, and sets the weight: with it the
-        labels are the most probable, where the features of each sentence count without itself."""
+    def count(self, batches: Iterable[Batch]) -> None:
+        """Counts the features of training sentences, on the CPU."""
         counts = torch.zeros(self.n_rows + 1, self.n_classes, dtype=torch.int64)
-        n_sentences = torch.ones(self.n_classes)
-        sample: list[tuple[Tensor, int]] = []  # features and label
-        one = counts.new_ones(())
+        n_sentences, one = torch.ones(self.n_classes), counts.new_ones(())
         for batch in batches:
-            rows, labels = self.features(batch.src), batch.tgt_out[:, 0]
-            counts.index_put_((rows, labels[:, None]), one, accumulate=True)
-            n_sentences += labels.bincount(minlength=self.n_classes)
-            sample += zip(rows[: MOST_TO_WEIGH - len(sample)], labels.tolist())
+            rows, labels = self.features(batch.src), batch.tgt_out
+            counts.index_put_((rows, labels), one, accumulate=True)
+            n_sentences += labels[:, 0].bincount(minlength=self.n_classes)
         counts[self.n_rows] = 0
         prior = n_sentences / n_sentences.sum()
         self.log_prior.copy_(prior.log())
-        self.ratios.copy_(log_ratios(counts, prior))
+        self.ratios.copy_(((counts + 1) / (counts.sum(dim=1, keepdim=True) * prior + 1)).log())
 
-        evidence, labels = [], torch.tensor([label for _, label in sample])
-        for rows, label in sample:
-            rows, which, n_times = rows[rows < self.n_rows].unique(
-                return_inverse=True, return_counts=True
-            )
-            others = counts[rows]
-            others[:, label] -= n_times
-            evidence.append(log_ratios(others, prior)[which].sum(dim=0))
-        weights = torch.linspace(0, 1, 51)
-        logits = (self.log_prior + weight * torch.stack(evidence) for weight in weights)
-        losses = torch.stack([F.cross_entropy(x, labels) for x in logits])
-        self.weight.copy_(weights[losses.argmin()])
+    def weigh(self, log_p: Tensor, evidence: Tensor, labels: Tensor) -> None:
+        """Sets the weights that make labels (n) most probable: log_p of the models beside it and
+        evidence of `forward`, (n, n_classes) each. The weights (1, 0) are one more observation,
+        so that a few sentences do not move them far."""
+        initial = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        weights = initial.clone().requires_grad_()
+        log_p, evidence = log_p.double(), evidence.double()
+        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            logits = weights[0] * log_p + weights[1] * evidence
+            penalty = (weights - initial).square().sum()
+            total = F.cross_entropy(logits, labels, reduction="sum") + penalty
+            total.backward()
+            return total
 
-def log_ratios(counts: Tensor, prior: Tensor) -> Tensor:
-    """r of `NaiveBayes`: counts (f, n_classes), prior (n_classes) -> (f, n_classes)."""
-    return ((counts + 1) / (counts.sum(dim=1, keepdim=True) * prior + 1)).log()
+        optimizer.step(loss)
+        self.weights.copy_(weights.detach().clamp(min=0))

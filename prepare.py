@@ -13,11 +13,9 @@ from data import TextData
 from ddp_utils import (
     broadcast,
     broadcast_from_rank_zero,
-    broadcast_tensors,
     local_rank_zero_first,
     local_world_size,
     raise_on_all_ranks,
-    rank,
     usable_cores,
     world_size,
 )
@@ -225,26 +223,11 @@ def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:
 
 
 def first_weights(job: Job) -> None:
-    """Loads the weights of --init-from, if given, and fits naive Bayes. Raises BadInput if that run
-    has another model."""
-    if job.options.init_from:
-        with raise_on_all_ranks():
-            origin = RunFolder.find(job.options.init_from, RunFolder.WEIGHTS, option="--init-from")
-        copy_weights(origin, job)
-    if job.options.naive_bayes:
-        naive_bayes, data = job.model.naive_bayes, job.data
-        plan, cpu = data.plan("train", seed=job.options.seed, epoch=1), torch.device("cpu")
-        with raise_on_all_ranks():
-            if rank() == 0:
-                naive_bayes.to(cpu).fit(data.load("train", plan, cpu))
-        naive_bayes.to(job.device)
-        broadcast_tensors(naive_bayes.parameters())
-        job.notes.append(f"naive Bayes has weight {naive_bayes.weight.item():.2f}")
-
-
-def copy_weights(origin: RunFolder, job: Job) -> None:
-    """Gives a new model the weights of another run. Raises BadInput if it is another model."""
+    """Loads the weights of --init-from, if given. Raises BadInput if that run has another model."""
+    if not job.options.init_from:
+        return
     with raise_on_all_ranks():
+        origin = RunFolder.find(job.options.init_from, RunFolder.WEIGHTS, option="--init-from")
         classes = origin.read_config()["classes"]
         if classes != job.classes:
             task = "translation" if classes is None else "classification"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints import KeptWeights, TrainingState, capture, restore
+from checkpoints import KeptWeights, TrainingState, capture, restore, trained_part
 from comp_utils import Progress, autocast, grad_scaler, say, synchronized_time, warn
 from config import TrainingConfig
 from data import NO_ROWS, Batch, Plan, Step, TextData
@@ -24,7 +24,8 @@ from ddp_utils import (
     wrap,
 )
 from errors import Diverged, RunFailed, Stopped, StopSignals
-from evaluation import evaluate_split
+from evaluation import evaluate_split, evidence_on
+from naive_bayes import NaiveBayes
 from optimization import add_gradients, average_weights, build_optimizer, lr_at, train_step
 from run_folder import RunFolder, weights_checksum
 from scoring import Evaluation, format_scores
@@ -334,6 +335,22 @@ class Trainer:
         if averages:
             scores = format_scores(self.evaluate().scores)
             say(f"average of {n_averaged} epoch{'s' * (n_averaged != 1)}: validation {scores}")
+        if naive_bayes := getattr(self.model, "naive_bayes", None):
+            self.add_naive_bayes(naive_bayes)
+
+    def add_naive_bayes(self, naive_bayes: NaiveBayes) -> None:
+        """Counts the training split, and weighs the counts on the validation split."""
+        where, cpu = {"device": self.device, "precision": self.precision}, torch.device("cpu")
+        with raise_on_all_ranks():
+            if rank() == 0:
+                naive_bayes.to(cpu).count(self.data.load("train", self.plan(1), cpu))
+                naive_bayes.to(self.device)
+                naive_bayes.weigh(*evidence_on(self.model, self.data, "validation", **where))
+                self.folder.save_weights(self.model)
+        broadcast_tensors(self.model.parameters())
+        weights = " and ".join(f"{weight:.2f}" for weight in naive_bayes.weights.tolist())
+        scores = format_scores(self.evaluate().scores)
+        say(f"with naive Bayes, weights {weights}: validation {scores}")
 
     def save(self) -> None:
         """Writes a checkpoint. Raises RunFailed, and writes none, if the weights are not finite."""
@@ -357,6 +374,8 @@ class Trainer:
         self.state, self.saved_step = state, state.step
         if state.best_epoch and self.config.average_checkpoints == 1:
             read = self.folder.read_weights
-            found = broadcast_from_rank_zero(lambda: weights_checksum(read(self.model)))
+            found = broadcast_from_rank_zero(
+                lambda: weights_checksum(trained_part(self.model, read(self.model)))
+            )
             if found != state.best_checksum:  # of a later epoch, of a branch that was abandoned
                 state.forget_best()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from checkpoints import trained_part
 from comp_utils import warn
 from errors import BadInput, one_line, write_failed
 
@@ -253,11 +254,10 @@ class RunFolder:
     # -------------------------------------------------------------------------------------- weights
 
     def save_weights(self, model: nn.Module) -> str:
-        """best.safetensors. Returns its checksum. Raises RunFailed."""
+        """best.safetensors. Returns the checksum of those trained. Raises RunFailed."""
         weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
-        checksum = weights_checksum(weights)
-        self.write_bytes(self.WEIGHTS, save(weights, {"checksum": checksum}))
-        return checksum
+        self.write_bytes(self.WEIGHTS, save(weights, {"checksum": weights_checksum(weights)}))
+        return weights_checksum(trained_part(model, weights))
 
     def read_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """What best.safetensors holds. Raises BadInput if it is not for this model."""

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, csv_bytes, refuse_with, run_quietly
+from helpers import TINY, csv_bytes, events, refuse_with, run_quietly
 from processes import ranks_quietly
 from runs import resume
 
 import jobs
+from checkpoints import TrainingState
 from data import Batch
 from naive_bayes import NaiveBayes
 
@@ -27,9 +28,9 @@ def batches(sentences=SENTENCES, labels=LABELS):
         yield Batch(s, torch.ones_like(t), t, n_targets=len(t), n_tokens=0)
 
 
-def fitted(**data) -> NaiveBayes:
+def counted(**data) -> NaiveBayes:
     model = NaiveBayes(3, PAD)
-    model.fit(batches(**data))
+    model.count(batches(**data))
     return model
 
 
@@ -55,27 +56,17 @@ def expected(sentence, training) -> list[float]:
 
 
 def test_the_evidence_is_the_formula_s():
-    model, pairs = fitted(), list(zip(SENTENCES, LABELS))
-    model.weight.fill_(0.3)
+    model, pairs = counted(), list(zip(SENTENCES, LABELS))
     new = [[9, 6, 2, 0], [3, 4, 5, 6]]  # 3 and 4 are unknown
     wanted = torch.tensor([expected(s, pairs) for s in SENTENCES + new]) + torch.tensor(PRIOR).log()
-    torch.testing.assert_close(model(torch.tensor(SENTENCES + new)), 0.3 * wanted)
-
-
-def test_the_weight_makes_labels_probable_without_their_own_sentence():
-    pairs, losses = list(zip(SENTENCES, LABELS)), {}
-    for i in range(51):
-        evidence = [expected(s, pairs[:n] + pairs[n + 1 :]) for n, (s, _) in enumerate(pairs)]
-        logits = torch.tensor(PRIOR).log() + i / 50 * torch.tensor(evidence)
-        losses[i / 50] = torch.nn.functional.cross_entropy(logits, torch.tensor(LABELS)).item()
-    assert fitted().weight.item() == pytest.approx(min(losses, key=losses.get))
-    assert len(set(losses.values())) == 51
+    torch.testing.assert_close(model(torch.tensor(SENTENCES + new)), wanted)
+    torch.testing.assert_close(
+        counted(sentences=SENTENCES[::-1], labels=LABELS[::-1]).ratios, model.ratios
+    )
 
 
 def test_padding_and_unknown_tokens_say_nothing():
-    model = fitted()
-    model.weight.fill_(1)
-    src = torch.tensor(SENTENCES)
+    model, src = counted(), torch.tensor(SENTENCES)
     wider = torch.nn.functional.pad(src, (0, 3), value=PAD)
     torch.testing.assert_close(model(wider), model(src))
     torch.testing.assert_close(model(torch.tensor([[11, 12, 13]])), torch.tensor([PRIOR]).log())
@@ -83,20 +74,40 @@ def test_padding_and_unknown_tokens_say_nothing():
 
 def test_a_rare_class_loses_little_by_tokens_that_do_not_concern_it():
     model = NaiveBayes(2, PAD)
-    labels = [0] * 99 + [1]
-    model.fit(batches([[5, 2, 0, 0]] * 99 + [[6, 2, 0, 0]], labels))
+    model.count(batches([[5, 2, 0, 0]] * 99 + [[6, 2, 0, 0]], [0] * 99 + [1]))
     evidence = model.ratios[model.features(torch.tensor([[5]]))[0, 0]]
     assert -1.2 < evidence[1] < -1 and abs(evidence[0]) < 0.02  # with 2 P(label) for 1: -3.9
 
 
-def test_the_weight_is_high_where_a_token_tells_and_0_where_counts_tell_nothing():
+def test_the_weights_make_the_labels_most_probable():
     torch.manual_seed(0)
-    labels = torch.arange(300) % 3
-    told = torch.randint(10, 200, (300, 8))
-    told[:, 3] = 3 + labels
-    assert fitted(sentences=told.tolist(), labels=labels.tolist()).weight > 0.5
-    untold = torch.randint(10, 200, (300, 8))
-    assert fitted(sentences=untold.tolist(), labels=labels.tolist()).weight <= 0.02
+    model, labels = NaiveBayes(3, PAD), torch.arange(600) % 3
+    truth = torch.nn.functional.one_hot(labels, 3).float()
+    log_p, evidence = ((truth + torch.randn(600, 3)) * scale for scale in (2.0, 0.5))
+    model.weigh(log_p, evidence, labels)
+
+    def loss(w) -> float:
+        logits = w[0] * log_p + w[1] * evidence
+        cross_entropy = torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        return cross_entropy + (w[0] - 1) ** 2 + w[1] ** 2
+
+    found = model.weights.tolist()
+    for change in ((0.02, 0), (-0.02, 0), (0, 0.02), (0, -0.02)):
+        assert loss(found) < loss([w + x for w, x in zip(found, change)])
+    assert 0.3 < found[0] < 0.8 and 0.8 < found[1] < 2.5
+
+
+@pytest.mark.parametrize("n", [1, 3, 300])
+def test_evidence_without_worth_has_little_weight_and_certainty_a_finite_one(n):
+    torch.manual_seed(0)
+    model, labels = NaiveBayes(3, PAD), torch.arange(n) % 3
+    right = 5 * torch.nn.functional.one_hot(labels, 3).float().log_softmax(dim=-1)
+    model.weigh(right, torch.randn(n, 3), labels)
+    assert model.weights.isfinite().all() and model.weights[1] < 0.5
+    model.weigh(torch.randn(n, 3).log_softmax(dim=-1), right, labels)
+    assert model.weights.isfinite().all()
+    model.weigh(-right, -right, labels)
+    assert model.weights.min() >= 0 and model.weights[1] == 0
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -115,9 +126,9 @@ def told(tmp_path_factory) -> Path:
     return folder
 
 
-def saved_counts(run) -> dict:
-    model = jobs.load(str(run), device="cpu").model
-    return {name: p for name, p in model.naive_bayes.named_parameters()}
+def saved_counts(run) -> list[torch.Tensor]:
+    naive_bayes = jobs.load(str(run), device="cpu").model.naive_bayes
+    return [naive_bayes.ratios, naive_bayes.log_prior]
 
 
 @pytest.mark.parametrize("n_models", [1, 2])
@@ -132,13 +143,16 @@ def test_a_run_answers_with_it_but_trains_as_without(told, n_models):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.equal(p, q)
     src, tgt_in = torch.randint(3, 200, (4, 9)), torch.full((4, 1), 1)
-    naive_bayes = ours.naive_bayes
-    assert naive_bayes.weight > 0
+    w, naive_bayes = ours.naive_bayes.weights.tolist(), ours.naive_bayes
+    assert w[1] > 0.1
     with torch.no_grad():
         p = torch.stack([m.eval()(src, tgt_in).softmax(-1)[:, 0] for m in plain]).mean(dim=0)
-        w = naive_bayes.weight
-        mean = (p.log() + naive_bayes(src)) / (1 + w)  # naive_bayes(src) holds w already
-        torch.testing.assert_close(ours.eval()(src, tgt_in)[:, 0], mean.log_softmax(-1))
+        mixed = w[0] * p.log() + w[1] * naive_bayes(src)
+        torch.testing.assert_close(ours.eval()(src, tgt_in)[:, 0], mixed.log_softmax(-1))
+    for name in ("epoch", "step"):  # the models are chosen without it
+        keys = ("validation_loss", "loss")
+        scores = [[e.get(k) for e in events(r, name) for k in keys] for r in ("with", "without")]
+        assert scores[0] == pytest.approx(scores[1])
 
 
 def test_a_stopped_run_ends_with_the_same_file_and_processes_count_alike(told):
@@ -148,7 +162,7 @@ def test_a_stopped_run_ends_with_the_same_file_and_processes_count_alike(told):
     resume("cut", "--max-steps", 6)
     assert Path("whole/best.safetensors").read_bytes() == Path("cut/best.safetensors").read_bytes()
     ranks_quietly(2, *argv, "two")
-    for a, b in zip(saved_counts("whole").values(), saved_counts("two").values(), strict=True):
+    for a, b in zip(saved_counts("whole"), saved_counts("two"), strict=True):
         assert torch.equal(a, b)
 
 
@@ -156,7 +170,7 @@ def test_a_run_that_begins_with_other_weights_counts_its_own_data_alone(told):
     run_quietly(*TINY, *WITH, "--dataset", told, "--run-dir", "first")
     how = "--batch-size 32 --max-steps 3 --warmup-steps 2 --epochs 1 --run-dir b".split()
     run_quietly("--init-from", "first", "--dataset", told, *how)
-    for a, b in zip(saved_counts("first").values(), saved_counts("b").values(), strict=True):
+    for a, b in zip(saved_counts("first"), saved_counts("b"), strict=True):
         assert torch.equal(a, b)
 
 
@@ -178,6 +192,15 @@ def test_a_translator_has_none(capsys):
     refuse_with(argv, ["--naive-bayes", "--task classification", "leave it out"], capsys)
 
 
+def test_a_run_that_ended_goes_on_from_its_best_epoch(told, monkeypatch):
+    """Naive Bayes changes best.safetensors, but not which epoch was the best."""
+    run_quietly(*TINY, "--naive-bayes", "--dataset", told, "--run-dir", "run")
+    forgotten = []
+    monkeypatch.setattr(TrainingState, "forget_best", forgotten.append)
+    resume("run", "--epochs", 3)
+    assert not forgotten
+
+
 @pytest.mark.slow
 def test_onnx_gives_the_same_probabilities(told):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -186,7 +209,7 @@ def test_onnx_gives_the_same_probabilities(told):
     run_quietly("--export", "onnx", "--run-dir", "run", "--to", "out")
     session = onnxruntime.InferenceSession("out/model.onnx")
     model = jobs.load("run", device="cpu").model.eval()
-    assert model.naive_bayes.weight > 0.1
+    assert model.naive_bayes.weights[1] > 0.1
     for shape in ((1, 1), (1, 9), (3, 7)):
         src = torch.randint(3, 200, shape)
         src[:, shape[1] // 2 + 1 :] = model.naive_bayes.pad_id
