@@ -95,7 +95,7 @@ class Ensemble(nn.Module):
         """What the models' trunks give, side by side, and the evidence: (b, l_x, width)."""
         parts = [model.trunk(src, tgt_in) for model in self.models]
         if self.naive_bayes:
-            parts.append(self.naive_bayes(src)[:, None])  # a classifier has one target position
+            parts.append(self.naive_bayes(src)[:, None].expand(-1, tgt_in.shape[1], -1))
         return torch.cat(parts, dim=-1)
 
     def start(self, src: Tensor, k: int = 1) -> EnsembleCache:

@@ -1,3 +1,4 @@
+import json
 import math
 import random
 from collections import Counter
@@ -185,6 +186,20 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_as_it_would_ha
         Path("cut", name).unlink()
     resume("cut")
     assert Path("whole/best.safetensors").read_bytes() == Path("cut/best.safetensors").read_bytes()
+
+
+def test_it_costs_no_training_step_and_can_be_timed_and_checked(told, capsys):
+    argv = [*TINY, "--dataset", told, "--warmup-steps", 1, "--benchmark", 1, "--run-dir"]
+    run_quietly(*argv, "without")
+    run_quietly(*argv, "with", "--naive-bayes")
+    records = [json.loads(Path(run, "benchmark.json").read_text()) for run in ("with", "without")]
+    for name in ("work_fingerprint", "plan_fingerprint", "parameters"):
+        assert records[0][name] == records[1][name]
+    flops = [r["model_flops_per_second"] * r["seconds_per_step"]["median"] for r in records]
+    assert flops[0] == pytest.approx(flops[1])
+    assert "matches the CPU" in run_quietly(
+        *TINY, "--naive-bayes", "--dataset", told, "--check-device"
+    )
 
 
 def test_a_translator_has_none(capsys):
