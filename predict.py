@@ -301,11 +301,14 @@ def predict(
                 print(format_answers(predictor, row, found, as_json), file=file, flush=live)
                 bar.update()
             file.flush()
-    except BrokenPipeError:  # the reader of the answers, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BadInput, OSError) as error:
         if world_size() > 1:  # an empty portion ends the other ranks
             texts.close()
             deque(answers, maxlen=0)
+        if not isinstance(error, BrokenPipeError):
+            raise
+        # The reader of the answers, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if n_blank:
         print(f"warning: blank lines: {n_blank}, answered with blank lines", file=sys.stderr)
     if n_cut:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import PROJECT, TINY, csv_bytes, refuse_with, run_quietly, write_files, write_parquet
+from processes import ranks
 
 import jobs
 import main
@@ -558,3 +559,15 @@ def test_python_s_other_wrong_questions_are_refused():
     with pytest.raises(ValueError, match="only of a translator"):
         classifier.attention("x", "y")
     assert len(classifier.best("x", np.int64(2))) == 2
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "none/out.txt"])
+def test_what_rank_0_alone_cannot_write_is_one_error_of_many_processes(output, run_copy):
+    write_files({"in.jsonl": b'{"text": "fine", "answers": 1}\n', "none/x": b""})
+    Path("none").chmod(0o500)
+    if output.startswith("none") and os.access("none", os.W_OK):
+        pytest.skip("this user may write anywhere")
+    argv = ["--run-dir", run_copy, "--predict", "in.jsonl", "--output", output]
+    first, second = ranks(2, *argv)
+    assert first.status in (1, 2) and first.err.count("error: ") == 1
+    assert (second.status, second.err) == (0, "")
