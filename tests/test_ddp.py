@@ -163,10 +163,10 @@ def test_fewer_sentences_than_processes_are_refused(corpora):
 
 def trainer_of(argv: list[str]) -> procedures.Trainer:
     """A trainer in this process."""
-    from prepare import prepare, start
+    from prepare import prepare, resolve_run
     from settings import parse_args
 
-    options, device, folder = start(*parse_args(argv))
+    options, device, folder = resolve_run(*parse_args(argv))
     return prepare(options, device).trainer(folder, StopSignals())
 
 
