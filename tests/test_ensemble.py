@@ -138,6 +138,7 @@ def test_an_ensemble_stops_resumes_and_answers_as_one_model(slice_of_reviews, ca
     refuse_with(argv, ["--export ctranslate2", "no model like this classifier"], capsys)
 
 
+@pytest.mark.slow
 def test_other_tools_have_no_ensembles_of_translators(finished_translator):
     job, _ = load_job({"run_dir": str(finished_translator[0]), "device": "cpu"}, [])
     job.model = Ensemble([job.model, job.model])
@@ -146,6 +147,7 @@ def test_other_tools_have_no_ensembles_of_translators(finished_translator):
         assert f"--export {name}: one model alone" in problem
 
 
+@pytest.mark.slow
 def test_validation_computes_few_logits_at_once(finished_translator, patch):
     job, _ = load_job({"run_dir": str(finished_translator[0]), "device": "cpu"}, [])
     config, codec = extract_config(DataConfig, job.options), job.codec

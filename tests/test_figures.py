@@ -154,6 +154,7 @@ def test_cells_of_few_classes_show_counts_of_the_class(drawn):
     assert not any("%" in text for text in texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 6, 40])
 def test_names_and_title_fit_on_the_picture(n, drawn):
     names = [f"a class with a long name {i}" for i in range(n)]
@@ -226,6 +227,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_drawn_literally_and_without_warnings(text, drawn, capfd):
     draw(figures.draw_curves, epochs(2), text, kept=[1])

@@ -175,6 +175,7 @@ def test_a_run_with_a_damaged_file_is_refused(name, damage, run_copy, capsys):
     refuse_with(["--run-dir", "copy", "--predict", "in.txt"], ["copy", name], capsys)
 
 
+@pytest.mark.slow
 def test_testing_on_other_data_leaves_the_files_of_the_run(finished_translator):
     run = Path(shutil.copytree(finished_translator[0], "copy"))
     before = {path.name: path.read_bytes() for path in run.iterdir()}

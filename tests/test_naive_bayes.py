@@ -156,6 +156,7 @@ def test_a_run_answers_with_it_but_trains_as_without(told, n_models):
         assert scores[0] == pytest.approx(scores[1])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_file_and_processes_count_alike(told):
     argv = [*TINY, *WITH, "--dataset", str(told), "--run-dir"]
     run_quietly(*argv, "whole")
@@ -188,6 +189,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_as_it_would_ha
     assert Path("whole/best.safetensors").read_bytes() == Path("cut/best.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_it_costs_no_training_step_and_can_be_timed_and_checked(told, capsys):
     argv = [*TINY, "--dataset", told, "--warmup-steps", 1, "--benchmark", 1, "--run-dir"]
     run_quietly(*argv, "without")

@@ -561,6 +561,7 @@ def test_python_s_other_wrong_questions_are_refused():
     assert len(classifier.best("x", np.int64(2))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["out.jsonl", "none/out.txt"])
 def test_what_rank_0_alone_cannot_write_is_one_error_of_many_processes(output, run_copy):
     write_files({"in.jsonl": b'{"text": "fine", "answers": 1}\n', "none/x": b""})

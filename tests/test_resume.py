@@ -56,6 +56,7 @@ def test_the_runs_that_are_killed_use_every_part_of_a_checkpoint(unbroken):
 # ------------------------------------------------------------------------------ what resuming means
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_in_the_middle_of_an_epoch(stopped, unbroken):
     before = load_checkpoint(stopped)["state"]
     assert (before["step"], before["epoch"], before["n_micro_batches"]) == (7, 2, 4)
@@ -250,6 +251,7 @@ def test_what_would_be_another_run_is_refused(argv, words, stopped, capsys, patc
     refuse_with(argv.split(), words, capsys)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_resumed_or_started_again(
     small_data, unbroken, patch, capsys
 ):
