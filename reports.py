@@ -63,7 +63,8 @@ def score_split(
 ) -> None:
     """Scores of a test set, and a picture: scores are safe before anything is drawn.
 
-    file: how the names of files with its translations begin."""
+    file: how the names of files with its translations begin.
+    """
     data, predictor, name = job.data, job.predictor, job.options.dataset
     where = {"device": job.device, "precision": job.options.precision}
     result = evaluate_split(job.model, data, split, **where)
