@@ -13,9 +13,11 @@ from data import TextData
 from ddp_utils import (
     broadcast,
     broadcast_from_rank_zero,
+    broadcast_tensors,
     local_rank_zero_first,
     local_world_size,
     raise_on_all_ranks,
+    rank,
     usable_cores,
     world_size,
 )
@@ -197,11 +199,12 @@ def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:
     """The run of --init-from, whose sizes join the options given; None without it."""
     if "init_from" not in given:
         return None
-    name = given["init_from"]
+    folder = find_origin(given["init_from"])
+    config = broadcast_from_rank_zero(folder.read_config)
     with raise_on_all_ranks():
-        folder = RunFolder.find(name, RunFolder.WEIGHTS, option="--init-from")
-        saved = saved_options(folder.read_config(), folder.path / folder.CONFIG)
+        saved = saved_options(config, folder.path / folder.CONFIG)
     sizes = field_names(ModelConfig) - {"dropout", "attention"}
+    sizes |= {"max_length", "pad_to"} if saved["positions"] == "learned" else set()
     fixed = field_names(TokenizerConfig, SizeConfig) | sizes
     problems += [
         f"{format_option(name, given[name])}: the run of --init-from has its own; leave it out"
@@ -210,25 +213,22 @@ def origin_of(given: dict[str, Any], problems: list[str]) -> RunFolder | None:
     ]
     given |= {name: saved[name] for name in sizes}
     given.setdefault("dropout", saved["dropout"])
-    if saved["positions"] == "learned":  # as many as that run could need
-        lengths = {name: saved[name] for name in ("max_length", "pad_to")}
-        problems += [
-            f"{format_option(name, given[name])}: the run of --init-from has learned positions for "
-            f"{n}; leave it out"
-            for name, n in lengths.items()
-            if given.get(name, n) != n
-        ]
-        given |= lengths
     return folder
+
+
+def find_origin(name: str) -> RunFolder:
+    """The run of --init-from, which rank 0 alone need see. Raises BadInput."""
+    needed = (RunFolder.WEIGHTS,)
+    return broadcast_from_rank_zero(lambda: RunFolder.find(name, *needed, option="--init-from"))
 
 
 def first_weights(job: Job) -> None:
     """Loads the weights of --init-from, if given. Raises BadInput if that run has another model."""
     if not job.options.init_from:
         return
+    origin = find_origin(job.options.init_from)
+    classes = broadcast_from_rank_zero(origin.read_config)["classes"]
     with raise_on_all_ranks():
-        origin = RunFolder.find(job.options.init_from, RunFolder.WEIGHTS, option="--init-from")
-        classes = origin.read_config()["classes"]
         if classes != job.classes:
             task = "translation" if classes is None else "classification"
             remedy = f"--task {task}" if task != job.options.task else "a run with the same"
@@ -236,7 +236,9 @@ def first_weights(job: Job) -> None:
                 f"--init-from {origin.path}: a model of {of_classes(classes)}, not of "
                 f"{of_classes(job.classes)}; give {remedy}"
             )
-        job.model.load_state_dict(origin.read_weights(job.model), strict=False)  # tied: once
+        if rank() == 0:
+            job.model.load_state_dict(origin.read_weights(job.model), strict=False)  # tied: once
+    broadcast_tensors(job.model.parameters())
     say(f"weights of {origin.path}")
 
 

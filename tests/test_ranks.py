@@ -17,6 +17,7 @@ import torch
 from helpers import events, run_quietly, without_times
 from processes import ranks, ranks_quietly
 from runs import RANK_OPTIONS, assert_same_weights, record_plans, recorded_plans
+from safetensors.torch import load_file
 
 import ddp_utils
 import optimization
@@ -24,6 +25,7 @@ import prepare
 import procedures
 from data import TextData
 from errors import BadInput, SharedError
+from run_folder import RunFolder
 from step_log import StepLog
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -253,6 +255,24 @@ def test_a_rank_that_fails_ends_all_with_its_own_message(fault, rank, words, cor
     said = "".join(e.err for e in ended)
     assert said.count(words) == 1, said
     assert said.count("Traceback") == (fault is has_a_bug)
+
+
+def sees_no_other_run() -> None:
+    if os.environ["RANK"] == "1":
+        refuse = lambda *_, **__: pytest.fail("read on rank 1")  # noqa: E731
+        RunFolder.find = RunFolder.read_config = RunFolder.read_weights = refuse
+
+
+def test_rank_0_alone_reads_the_run_whose_weights_are_taken(corpora):
+    """On several machines without a shared disk the others do not have it."""
+    argv = [*RANK_OPTIONS, *corpora["classification"], "--max-steps", "2", "--run-dir"]
+    run_quietly(*argv, "first")
+    how = [*corpora["classification"], "--batch-tokens", "300", "--warmup-steps", 1, "--lr", 1e-9]
+    how += ["--max-steps", 1, "--init-from", "first", "--run-dir", "second"]
+    ranks_quietly(2, *how, prepare=sees_no_other_run)
+    first, second = (load_file(f"{run}/best.safetensors") for run in ("first", "second"))
+    for name, weights in first.items():
+        torch.testing.assert_close(second[name], weights, rtol=0, atol=1e-6)
 
 
 def prepares_for_longer_than_a_collective_may_take() -> None:

@@ -464,3 +464,18 @@ def test_seeds_are_trained_each_and_summed_up(slice_of_reviews, finished):
 )
 def test_seeds_that_cannot_be_trained_are_refused(options, words, capsys):
     refuse_with(options.split(), words, capsys)
+
+
+def test_a_run_keeps_the_learned_positions_of_the_weights_it_takes(slice_of_reviews, capsys):
+    argv = ["--dataset", slice_of_reviews, "--run-dir"]
+    learned = ["--positions", "learned", "--max-length", 40, "--max-steps", 1]
+    run_quietly(*TINY, *learned, *argv, "first")
+    how = ["--max-steps", 1, "--warmup-steps", 1]
+    run_quietly("--init-from", "first", *how, *argv, "second")
+    assert json.loads(Path("second/config.json").read_text())["options"]["max_length"] == 40
+    capsys.readouterr()
+    refuse_with(
+        ["--init-from", "first", "--max-length", 50, *argv, "third"],
+        ["--max-length 50", "the run of --init-from has its own"],
+        capsys,
+    )
