@@ -190,7 +190,7 @@ def train_seeds(given: dict[str, Any], problems: list[str], signals: StopSignals
                 train_and_test({**own, "seed": seed}, [*problems], signals)
         except Stopped as error:
             rest = ", ".join(map(str, seeds[i + 1 :])) or "none"
-            error.add_note(f"seeds left: {rest}; the same --seeds command goes on")
+            error.add_note(f"seeds left: {rest}; repeat the --seeds command to continue")
             raise
     with raise_on_all_ranks():
         tests = [folder.read_tests() if rank() == 0 else [{}] for folder in folders]
