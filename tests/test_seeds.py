@@ -45,7 +45,9 @@ def test_seeds_are_tested_alone_continued_and_overwritten(slice_of_reviews, caps
     with monkeypatch.context() as patch:  # before the first checkpoint
         patch.setattr(procedures.Trainer, "warm_up", killed)
         assert main.main([*argv, "0,1"]) == 143
-        assert "; seeds left: 1; repeat the --seeds command to continue\n" in capsys.readouterr().err
+        assert (
+            "; seeds left: 1; repeat the --seeds command to continue\n" in capsys.readouterr().err
+        )
     run_quietly(*argv, "0,1")
     capsys.readouterr()
     run_quietly(*argv, "2,3")
