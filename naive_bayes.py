@@ -27,10 +27,10 @@ class NaiveBayes(nn.Module):
         self.pad_id, self.n_classes = pad_id, n_classes
         self.n_rows = max(1, SIZE // n_classes)  # and one of zeros, for padding
         # Parameters that are counted, not trained: they are saved and sent as all others.
-        shapes = {"ratios": (self.n_rows + 1, n_classes), "log_prior": (n_classes,)}
-        values = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        for name, value in {**values, "weights": torch.tensor([1.0, 0.0])}.items():
-            setattr(self, name, nn.Parameter(value, requires_grad=False))
+        ratios, log_prior = torch.zeros(self.n_rows + 1, n_classes), torch.zeros(n_classes)
+        self.ratios = nn.Parameter(ratios, requires_grad=False)
+        self.log_prior = nn.Parameter(log_prior, requires_grad=False)
+        self.weights = nn.Parameter(torch.tensor([1.0, 0.0]), requires_grad=False)
 
     def features(self, src: Tensor) -> Tensor:
         """The row of each feature: src (b, l) -> (b, 2 l - 1)."""

@@ -66,9 +66,10 @@ class Splits:
         rows = select_columns(rows, **columns, optional_targets=optional)
         table = to_table(rows, digest(content, columns, optional))
         targets = (x for batch in table.iter(1000) for x in batch["target"])
-        train = self.tables.get("train")
-        held_back = {"", "-1"} - {*(train.unique("target") if optional and train else ())}
-        if optional and all(x in held_back for x in targets):
+        is_held_back = optional and all(x in ("", "-1") for x in targets)
+        if is_held_back and "-1" in table.unique("target") and "train" in self.tables:
+            is_held_back = "-1" not in self.tables["train"].unique("target")  # else it is a class
+        if is_held_back:
             missing = f"no row has a {columns['target_column']}"
             self.notes.append(f"{shorten(names)}: left out of {split}, {missing}")
         else:
